@@ -1,0 +1,3 @@
+from nlm.cli import main
+
+raise SystemExit(main())

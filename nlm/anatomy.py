@@ -1,0 +1,77 @@
+"""The words everyone shares: what a weight is (Role), where it sits (Site), how it is trained (Group).
+
+Rules of schemes, optimizers and parallel layouts speak in these words, never in parameter names.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+
+class Role(StrEnum):
+    """What a weight is. The first nine are matrices [out, in]; the last three are vectors or scalars."""
+
+    EMBED = "embed"
+    Q = "q"
+    K = "k"
+    V = "v"
+    O = "o"
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+    HEAD = "head"
+    NORM = "norm"  # gains of norm layers
+    SCALE = "scale"  # learned parts of schemes and scores
+    BIAS = "bias"
+
+
+READS = frozenset({Role.Q, Role.K, Role.V, Role.GATE, Role.UP})
+"""Matrices that read the residual stream."""
+WRITES = frozenset({Role.O, Role.DOWN})
+"""Matrices that write into the residual stream."""
+MATRICES = READS | WRITES | {Role.EMBED, Role.HEAD}
+
+Axis = Literal["dim", "head", "kv_head", "head_dim", "hidden", "vocab"]
+"""Logical axes. The name of an axis, not its position, decides how a tensor parallel layout places it."""
+
+SLOTS: dict[str, tuple[Axis, ...]] = {
+    "embed": ("dim",),  # [B S D] what enters the first block
+    "q": ("head", "head_dim"),  # [B S H Dh] after positions, before the score
+    "k": ("kv_head", "head_dim"),  # [B S Hkv Dh] likewise
+    "heads": ("head", "head_dim"),  # [B S H·Dh] concatenated heads, before W_o
+    "gate": ("hidden",),  # [B S F] before the activation
+    "up": ("hidden",),  # [B S F]
+    "hidden": ("hidden",),  # [B S F] before W_down
+    "final": ("dim",),  # [B S D] what the head reads
+    "logits": ("vocab",),  # [B S V]
+}
+"""The fixed places where a scheme may put a module, with the logical axes that end the tensor there."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where: one sublayer of one layer, or (`kind="stack"`, `layer=0`) the ends of the whole stack."""
+
+    layer: int  # 0-based
+    n_layers: int
+    kind: Literal["attn", "cross", "ffn", "stack"]
+    dim: int
+    stack: Literal["decoder", "encoder"] = "decoder"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter as the rules see it. `shape` is [out, in] for matrices; `site` is None outside the blocks."""
+
+    role: Role
+    shape: tuple[int, ...]
+    site: Site | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """How a weight is trained: multipliers of the configured learning rate and weight decay."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    optimizer: Literal["adamw"] = "adamw"

@@ -1,0 +1,105 @@
+"""The command line: `nlm VERB …`. Exit code 0 on success, 2 for a bad config or argument, 1 for a failed run."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """\
+examples:
+  nlm tokenize plays/ --train-tokenizer 1024 --out data/plays
+  nlm train configs/quickstart.toml optim.lr=5e-4 log.dir=runs/slower
+  nlm report runs/quickstart-deepnorm runs/quickstart-post_ln --out pictures
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except FloatingPointError as error:
+        return _fail(1, error)
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted; the same command goes on from the last checkpoint")
+    except ValueError as error:
+        return _fail(2, error)
+    return 0
+
+
+def _fail(code: int, error: object) -> int:
+    for line in str(error).splitlines():
+        print(f"nlm: {line}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nlm",
+        description="Train very deep Transformers under any normalization scheme.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="train, or go on training, the run of a config")
+    train.add_argument("config", metavar="CONFIG", help="a TOML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as optim.lr=5e-4")
+    train.set_defaults(run=_train)
+
+    tokenize = verbs.add_parser("tokenize", help="turn text, JSONL or parquet files into a token shard")
+    tokenize.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or directories to search")
+    how = tokenize.add_mutually_exclusive_group(required=True)
+    how.add_argument("--tokenizer", metavar="byte|FILE.model|FILE.json", help="the tokenizer to use")
+    how.add_argument("--train-tokenizer", type=int, metavar="VOCAB_SIZE", help="train SentencePiece on the input")
+    tokenize.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json (.model)")
+    tokenize.add_argument("--text-field", default="text", metavar="NAME", help="of JSONL and parquet (text)")
+    tokenize.set_defaults(run=_tokenize)
+
+    report = verbs.add_parser("report", help="draw the loss curves and layer heat maps of runs")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="default: report")
+    report.set_defaults(run=_report)
+
+    schemes = verbs.add_parser("schemes", help="list the normalization schemes, with their fields")
+    schemes.set_defaults(run=_schemes)
+    return parser
+
+
+# Each verb imports what it needs when it runs: `nlm --help` and a bad config answer at once.
+
+
+def _train(options: argparse.Namespace) -> None:
+    from nlm.build import load_config
+    from nlm.train import train
+
+    train(load_config(options.config, options.overrides))
+
+
+def _tokenize(options: argparse.Namespace) -> None:
+    from nlm.data.tokenize import tokenize
+
+    made = tokenize(
+        options.inputs, options.out, options.tokenizer, options.train_tokenizer, text_field=options.text_field
+    )
+    print(
+        f"{options.out}: {made.documents:,} documents, {made.tokens:,} tokens, {made.bytes / made.tokens:.2f} bytes "
+        f"a token, unigram entropy {made.unigram_entropy_nats:.3f} nats, in {made.seconds:.1f} s"
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from nlm.statistics import report
+
+    for picture in report(options.runs, options.out):
+        print(picture)
+
+
+def _schemes(options: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from nlm.schemes import SCHEMES
+
+    for name, scheme in SCHEMES.items():
+        options_ = ", ".join(f"{field.name}={field.default!r}" for field in fields(scheme))
+        module_doc = sys.modules[scheme.__module__].__doc__ or ""
+        print(f"{name:12} {module_doc.splitlines()[0]}" + (f"\n{'':12} fields: {options_}" if options_ else ""))

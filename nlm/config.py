@@ -1,0 +1,323 @@
+"""Every config class, and how a TOML file and dotted overrides become one. Torch-free.
+
+A file may name others in `extends` (a path or a list, relative to the file); later files win over earlier
+ones, the file itself over what it extends, and overrides `a.b=value` over all.
+"""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Self, TypeGuard
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+Table = dict[str, Any]
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, one line a problem: key, what was expected, what came."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Choice(Section):
+    """A choice by name; the other keys are the chosen one's own fields, checked where the name is looked up."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def fields(self) -> Table:
+        return self.model_extra or {}
+
+
+class SchemeChoice(Choice):
+    name: str
+
+
+class AttentionChoice(Choice):
+    score: str = "softmax"
+
+
+class ModelConfig(Section):
+    """Left out, `n_kv_heads` is n_heads, `head_dim` dim / n_heads, and `ffn_dim` 4 · dim, or 8/3 · dim rounded
+    up to a multiple of 8 for the gated activations, which have a third matrix. `bias` is for linear layers and
+    for the norms that have one."""
+
+    vocab_size: PositiveInt
+    dim: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    ffn_dim: PositiveInt
+    activation: Literal["gelu", "relu", "relu2", "silu", "swiglu", "geglu"] = "gelu"
+    bias: bool = False
+    tied: bool = False
+    norm: str = "layernorm"
+    norm_eps: PositiveFloat = 1e-5
+    position: Literal["rope", "rope_interleaved", "learned", "sinusoidal", "none"] = "rope"
+    rope_base: PositiveFloat = 10_000.0
+    architecture: Literal["decoder"] = "decoder"
+    scheme: SchemeChoice
+    attention: AttentionChoice = AttentionChoice()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derived(cls, table: Any) -> Any:
+        if not isinstance(table, dict):
+            return table
+        dim, heads = table.get("dim"), table.get("n_heads")
+        derived: Table = {}
+        if _positive(heads):
+            derived["n_kv_heads"] = heads
+        if _positive(dim) and _positive(heads) and dim % heads == 0:
+            derived["head_dim"] = dim // heads
+        if _positive(dim):
+            gated = table.get("activation") in {"swiglu", "geglu"}
+            derived["ffn_dim"] = -(-8 * dim // 24) * 8 if gated else 4 * dim
+        return derived | table
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in {"swiglu", "geglu"}
+
+
+class TrainConfig(Section):
+    """`batch_tokens` is the target tokens of one step: rows of `seq_len`, over all microbatches."""
+
+    steps: PositiveInt
+    batch_tokens: PositiveInt
+    seq_len: int = Field(ge=2)
+    seed: NonNegativeInt = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule: linear warmup to `lr`, then `schedule` down to `final_lr_frac` · lr.
+
+    `decay_frac` is the share of all steps in which "wsd" (warmup, stable, decay) decays; `clip` the largest
+    global gradient norm, 0 for none.
+    """
+
+    lr: PositiveFloat
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip: NonNegativeFloat = 1.0
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    decay_frac: float = Field(default=0.2, gt=0, le=1)
+    final_lr_frac: float = Field(default=0.1, ge=0, le=1)
+
+
+class ParallelConfig(Section):
+    """`microbatches`: a step's rows go through the model in this many parts. `recompute = "block"` keeps only
+    each block's input for the backward and computes the block again there."""
+
+    microbatches: PositiveInt = 1
+    recompute: Literal["none", "block"] = "none"
+    compile: bool = False
+
+
+class DataConfig(Section):
+    """Prefixes of Megatron `.bin/.idx` pairs, as `nlm tokenize` writes them."""
+
+    train: str
+    validation: str | None = None
+
+
+class CheckpointConfig(Section):
+    """A checkpoint every `every` steps (0: only at the end), of which the newest `keep_last` are kept."""
+
+    every: NonNegativeInt = 0
+    keep_last: PositiveInt = 2
+
+
+class StatisticsConfig(Section):
+    """Per-layer statistics on every logged step; their heat maps go to TensorBoard every `images_every` steps."""
+
+    enabled: bool = True
+    images_every: PositiveInt = 100
+
+
+class LogConfig(Section):
+    """`dir` is the run's folder, by default runs/NAME of the config file; a line is logged every `every` steps."""
+
+    dir: str
+    every: PositiveInt = 10
+    tensorboard: bool = True
+
+
+class EvaluateConfig(Section):
+    """Validation loss over the first `batches` batches, every `every` steps (0: only after the last)."""
+
+    every: NonNegativeInt = 0
+    batches: PositiveInt = 10
+
+
+class Config(Section):
+    model: ModelConfig
+    train: TrainConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    statistics: StatisticsConfig = StatisticsConfig()
+    log: LogConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def batch_rows(self) -> int:
+        return self.train.batch_tokens // self.train.seq_len
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    @classmethod
+    def parse(cls, table: Table) -> Self:
+        """Errors: ConfigError with every problem, those that span several keys included."""
+        try:
+            config = cls.model_validate(table)
+        except ValidationError as error:
+            raise ConfigError(list(describe(error)) + list(_contradictions(table))) from None
+        if problems := list(_contradictions(config.model_dump())):
+            raise ConfigError(problems)
+        return config
+
+
+def read_table(path: str | Path, overrides: Iterable[str] = ()) -> Table:
+    """The merged, not yet validated table of a config file. Errors: ConfigError."""
+    path = Path(path)
+    table = _read_file(path, seen=())
+    problems = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not all(key.split(".")):
+            problems.append(f"{override}: expected an override of the form section.key=value")
+            continue
+        leaf: Any = _parse_value(value)
+        for part in reversed(key.split(".")):
+            leaf = {part: leaf}
+        table = _merge(table, leaf)
+    if problems:
+        raise ConfigError(problems)
+    return _merge({"log": {"dir": f"runs/{path.stem}"}}, table)
+
+
+def describe(error: ValidationError, prefix: str = "") -> Iterable[str]:
+    """One line a problem: the key, what was expected, what came."""
+    for problem in error.errors():
+        key = prefix + ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            yield f"{key}: unknown key; remove it or correct its name"
+        elif problem["type"] == "missing":
+            yield f"{key}: missing; give it a value"
+        else:
+            yield f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}; got {problem['input']!r}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """'; did you mean …?' for a misspelt name, or the whole choice when nothing is near."""
+    names = sorted(names)
+    close = get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
+
+
+def _contradictions(table: Table) -> Iterable[str]:
+    """Problems between keys. A key that is missing or of the wrong type is another check's business."""
+
+    def number(section: str, key: str) -> int | None:
+        value = table[section].get(key) if isinstance(table.get(section), dict) else None
+        return value if _positive(value) else None
+
+    dim, heads, kv = number("model", "dim"), number("model", "n_heads"), number("model", "n_kv_heads")
+    head_dim = number("model", "head_dim")
+    if dim and heads and not head_dim and dim % heads:
+        fits = [h for h in range(1, dim + 1) if dim % h == 0]
+        yield (
+            f"model.n_heads: expected a divisor of model.dim = {dim} (one of {fits}), got {heads}; "
+            "or set model.head_dim"
+        )
+    if heads and kv and heads % kv:
+        fits = [k for k in range(1, heads + 1) if heads % k == 0]
+        yield f"model.n_kv_heads: expected a divisor of model.n_heads = {heads} (one of {fits}), got {kv}"
+    width = head_dim or (dim // heads if dim and heads and dim % heads == 0 else None)
+    model = table.get("model")
+    position = model.get("position", "rope") if isinstance(model, dict) else None
+    if width and width % 2 and position in {"rope", "rope_interleaved"}:
+        yield f"model.head_dim: expected an even number for model.position = {position!r}, got {width}"
+
+    tokens, seq_len = number("train", "batch_tokens"), number("train", "seq_len")
+    if tokens and seq_len:
+        microbatches = number("parallel", "microbatches") or 1
+        if tokens % (seq_len * microbatches):
+            yield (
+                f"train.batch_tokens: expected a multiple of train.seq_len · parallel.microbatches = "
+                f"{seq_len * microbatches}, got {tokens}"
+            )
+    steps, warmup = number("train", "steps"), number("optim", "warmup_steps")
+    if steps and warmup and warmup > steps:
+        yield f"optim.warmup_steps: expected at most train.steps = {steps}, got {warmup}"
+
+
+def _positive(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _read_file(path: Path, seen: tuple[Path, ...]) -> Table:
+    if path.resolve() in seen:
+        raise ConfigError([f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}"])
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read ({error.strerror}); give the path of a TOML config"]) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
+    bases = table.pop("extends", [])
+    if isinstance(bases, str):
+        bases = [bases]
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError([f"{path}: extends: expected a path or a list of paths, got {bases!r}"])
+    merged: Table = {}
+    for base in bases:
+        merged = _merge(merged, _read_file(path.parent / base, (*seen, path.resolve())))
+    return _merge(merged, table)
+
+
+def _merge(base: Table, top: Mapping[str, Any]) -> Table:
+    """`top` over `base`, table by table. Another choice (`name` or `score`) drops the fields of the former."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, Mapping):
+            changed = any(k in value and k in old and value[k] != old[k] for k in ("name", "score"))
+            merged[key] = dict(value) if changed else _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value; a bare word is a string, so that quotes need not be typed in a shell."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

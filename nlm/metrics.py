@@ -1,0 +1,130 @@
+"""Where the numbers of a step go: the console, `metrics.jsonl`, `layers/` and TensorBoard."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
+
+from nlm.config import Config
+from nlm.statistics.draw import tensorboard_images
+from nlm.statistics.store import LayerWriter, read_layers
+
+Scalars = Mapping[str, float]
+
+
+class Log:
+    """Writes what each logged step measured. A run that resumes after step `start` forgets what came later."""
+
+    def __init__(self, run: Path, config: Config, start: int) -> None:
+        self.run, self.config, self.start = run, config, start
+        self.steps = config.train.steps
+        self.name = run.name
+
+    def __enter__(self) -> Self:
+        self.run.mkdir(parents=True, exist_ok=True)
+        (self.run / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
+        metrics = self.run / "metrics.jsonl"
+        _forget_after(metrics, self.start)
+        self._stack = ExitStack()
+        self._jsonl = self._stack.enter_context(metrics.open("a", encoding="utf-8"))
+        self._layers = self._board = None
+        if self.config.statistics.enabled:
+            writer = LayerWriter(self.run, self.config.model.n_layers, self.start)
+            self._layers = self._stack.enter_context(writer)
+        if self.config.log.tensorboard:
+            board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1 if self.start else None)
+            self._board = self._stack.enter_context(board)
+        self._progress = self._stack.enter_context(_progress(self.name))
+        self._task = self._progress.add_task(self.name, total=self.steps, completed=self.start, summary="")
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self._progress.console.print(f"{self.name}: {text}", highlight=False)
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def eta_s(self, step: int) -> float:
+        return (time.perf_counter() - self._began) / (step - self.start) * (self.steps - step)
+
+    def write(self, step: int, scalars: Scalars, vectors: Mapping[str, np.ndarray] | None) -> None:
+        """One logged step: scalars by name and, with statistics, a vector [L] a quantity."""
+        self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._jsonl.flush()
+        if vectors is not None and self._layers is not None:
+            self._layers.write(step, dict(vectors))
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+            if vectors is not None and (step % self.config.statistics.images_every == 0 or step == self.steps):
+                tensorboard_images(self._board, read_layers(self.run), step)
+        summary = _summary(scalars)
+        self._progress.update(self._task, summary=summary)
+        if self._progress.disable:
+            eta = _clock(self.eta_s(step))
+            self.say(f"step {step}/{self.steps}  {summary}  ETA {eta}")
+
+
+def _summary(scalars: Scalars) -> str:
+    text = f"loss {scalars['loss']:.3f}"
+    if "validation_loss" in scalars:
+        text += f"  validation {scalars['validation_loss']:.3f}"
+    return (
+        f"{text}  grad {scalars['grad_norm']:.2e}  lr {scalars['lr']:.1e}  {scalars['tokens_s']:,.0f} tokens/s  "
+        f"{scalars['peak_memory_gib']:.1f} GiB"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class _Eta(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        remaining = task.time_remaining
+        return Text(f"ETA {'-:--' if remaining is None else _clock(remaining)}")
+
+
+def _progress(name: str) -> Progress:
+    """A bar on a terminal; a log file gets plain lines instead."""
+    console = Console(file=sys.stdout, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), _Eta())
+    return Progress(
+        *columns,
+        TextColumn("{task.fields[summary]}"),
+        console=console,
+        disable=not console.is_terminal,
+        speed_estimate_period=600,
+    )
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drops the lines of steps that will be made again, and a last line that a killed process left unfinished."""
+    if not metrics.exists():
+        return
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = (line for line in lines if line.endswith("\n"))
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    partial = metrics.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, metrics)

@@ -1,0 +1,102 @@
+"""What a normalization scheme is: one equation and at most five rules, and the parts it may use."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nlm.anatomy import MATRICES, READS, WRITES, Axis, Group, Role, Site, Weight
+
+Branch = Callable[[Tensor], Tensor]
+"""A sublayer, [B S D] -> [B S D]."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm layer of the configured kind, over the logical axes of the place it is put in."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A learned vector over logical axes (`()` is a scalar), with the value `init` everywhere at the start.
+
+    `stored` is the number that the parameter itself starts at when it differs from `init`: the equation then
+    sees parameter · init / stored, so that the relative step of an adaptive optimizer is lr / stored
+    (nGPT, Loshchilov et al. 2024, section 2.5).
+    """
+
+    axes: tuple[Axis, ...]
+    init: float
+    stored: float | None = None
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A constant that may differ between layers; it becomes a 0-dim buffer, so that all layers share one graph."""
+
+    value: float
+
+
+Part = Norm | Learned | Fixed
+
+
+class Equation:
+    """A function and the parts it is called with: `Equation(f, a=Fixed(2.0))` computes f(x, …, a=2.0).
+
+    `function` must be a plain module-level function, the same object in every layer: a closure that carries
+    a layer's own number would compile anew for each layer.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], **parts: Part) -> None:
+        self.function = function
+        self.parts = parts
+
+
+class Residual(Equation):
+    """How the stream meets a branch: function(x [B S D], f: Branch, **parts) -> [B S D]."""
+
+
+class Slot(Equation):
+    """What happens to the tensor in a slot: function(x, **parts) -> tensor of the same shape."""
+
+
+Slots = Mapping[str, Slot | Norm]
+"""What goes into which slot; a slot that is not named stays empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme(ABC):
+    """A normalization scheme. Fields are the paper's hyperparameters; the rules below are all there is to it."""
+
+    @abstractmethod
+    def residual(self, site: Site) -> Residual:
+        """The equation of one sublayer."""
+
+    def slots(self, site: Site) -> Slots:
+        """What goes into the slots of one sublayer, or (`site.kind == "stack"`) of the ends of the stack."""
+        return {}
+
+    def std(self, weight: Weight) -> float:
+        """Standard deviation of a matrix at initialization."""
+        return weight.shape[1] ** -0.5 if weight.role in {Role.EMBED, Role.HEAD} else xavier(weight)
+
+    def group(self, weight: Weight) -> Group:
+        """Learning-rate and weight-decay multipliers; by default only matrices decay."""
+        return Group(weight_decay=1.0 if weight.role in MATRICES else 0.0)
+
+    def unit_axis(self, weight: Weight) -> int | None:
+        """The axis along which the weight is projected to unit norm after each step; None for no projection."""
+        return None
+
+
+def xavier(weight: Weight, gain: float = 1.0) -> float:
+    """gain · sqrt(2 / (fan_in + fan_out)) of a matrix [out, in] (Glorot & Bengio 2010, eq. 16)."""
+    return gain * (2 / sum(weight.shape)) ** 0.5
+
+
+def stream_axis(weight: Weight) -> int | None:
+    """The axis of size D of a matrix [out, in]: inputs where it reads the stream, outputs where it writes it."""
+    if weight.role in READS | {Role.EMBED, Role.HEAD}:
+        return 1
+    return 0 if weight.role in WRITES else None

@@ -1,0 +1,88 @@
+"""An equation of a scheme as an nn.Module: its parts become parameters, buffers and norm layers."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from nlm.anatomy import Axis, Role
+from nlm.schemes.base import Branch, Equation, Fixed, Learned, Norm
+
+MakeNorm = Callable[[int], nn.Module]
+"""width -> the configured norm layer."""
+
+
+class EquationModule(nn.Module):
+    """function(x, …, **parts) with every part materialized under its own name.
+
+    `sizes` gives the length of each logical axis, `place` the axes of the tensor that the equation acts on.
+    """
+
+    def __init__(
+        self, equation: Equation, sizes: Mapping[Axis, int], place: tuple[Axis, ...], make_norm: MakeNorm
+    ) -> None:
+        super().__init__()
+        self.function = equation.function
+        self.names = tuple(equation.parts)
+        self.roles: dict[str, Role] = {}
+        self.initial: dict[str, float] = {}
+        self.rescaled: tuple[str, ...] = ()
+        for name, part in equation.parts.items():
+            match part:
+                case Norm():
+                    self.add_module(name, make_norm(prod(sizes[axis] for axis in place)))
+                case Fixed(value):
+                    self._constant(name, value)
+                case Learned(axes, init, stored):
+                    self.register_parameter(name, nn.Parameter(torch.empty([sizes[axis] for axis in axes])))
+                    self.roles[name] = Role.SCALE
+                    self.initial[name] = init if stored is None else stored
+                    if stored is not None:
+                        self._constant(f"{name}_rescale", init / stored)
+                        self.rescaled += (name,)
+
+    def _constant(self, name: str, value: float) -> None:
+        # A tensor, not a Python number: numbers are baked into a compiled graph, one graph for each value.
+        self.register_buffer(name, torch.empty(()), persistent=False)
+        self.initial[name] = value
+
+    def part(self, name: str) -> Tensor | nn.Module:
+        value = getattr(self, name)
+        return value * getattr(self, f"{name}_rescale") if name in self.rescaled else value
+
+    def evaluate(self, *args: Tensor | Branch) -> Tensor:
+        return self.function(*args, **{name: self.part(name) for name in self.names})
+
+
+class SlotModule(EquationModule):
+    """What happens to the tensor in a slot."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.evaluate(x)
+
+
+class ResidualModule(EquationModule):
+    """The only place where the stream meets a branch."""
+
+    def forward(self, x: Tensor, branch: Branch, signals: list[Tensor] | None) -> Tensor:
+        """x [B S D] -> [B S D]. `signals`, unless None, receives the RMS of x, of the branch and of the result."""
+        if signals is None:
+            return self.evaluate(x, branch)
+        signals.append(rms(x))
+        y = self.evaluate(x, partial(_recorded, branch, signals))
+        signals.append(rms(y))
+        return y
+
+
+def _recorded(branch: Branch, signals: list[Tensor], x: Tensor) -> Tensor:
+    y = branch(x)
+    signals.append(rms(y))
+    return y
+
+
+@torch.no_grad()
+def rms(x: Tensor) -> Tensor:
+    """[…] -> []: root mean square of all elements, in float32."""
+    return torch.linalg.vector_norm(x, dtype=torch.float32) * x.numel() ** -0.5

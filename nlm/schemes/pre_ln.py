@@ -1,0 +1,31 @@
+"""Pre-LN: normalize what each sublayer reads (Radford et al. 2019; Xiong et al. 2020, arXiv:2002.04745)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nlm.anatomy import WRITES, Site, Weight
+from nlm.schemes.base import Branch, Norm, Residual, Scheme, Slots
+
+
+def pre_ln(x: Tensor, f: Branch, norm: Branch) -> Tensor:
+    return x + f(norm(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreLN(Scheme):
+    """`residual_init`: W_o and W_down start smaller by 1/sqrt(2L), as in GPT-2, so that the stream stays O(1)."""
+
+    residual_init: bool = True
+
+    def residual(self, site: Site) -> Residual:
+        return Residual(pre_ln, norm=Norm())
+
+    def slots(self, site: Site) -> Slots:
+        return {"final": Norm()} if site.kind == "stack" else {}
+
+    def std(self, weight: Weight) -> float:
+        std = super().std(weight)
+        if self.residual_init and weight.role in WRITES and weight.site:
+            std *= (2 * weight.site.n_layers) ** -0.5
+        return std

@@ -1,0 +1,28 @@
+"""Sub-LN: Pre-LN with a second norm inside each sublayer (Magneto, Wang et al. 2022, arXiv:2210.06423)."""
+
+from dataclasses import dataclass
+from math import log, sqrt
+
+from nlm.anatomy import Role, Site, Weight
+from nlm.schemes.base import Norm, Residual, Scheme, Slots, xavier
+from nlm.schemes.pre_ln import pre_ln
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubLN(Scheme):
+    """Inner norms before W_o and before W_down; V, O and the FFN start larger by sqrt(ln 2L) (table 1).
+
+    As for every scheme here, the gate of a gated FFN keeps gain 1: the paper has no gate.
+    """
+
+    def residual(self, site: Site) -> Residual:
+        return Residual(pre_ln, norm=Norm())
+
+    def slots(self, site: Site) -> Slots:
+        inner = {"attn": "heads", "ffn": "hidden", "stack": "final"}
+        return {inner[site.kind]: Norm()} if site.kind in inner else {}
+
+    def std(self, weight: Weight) -> float:
+        if weight.role in {Role.V, Role.O, Role.UP, Role.DOWN} and weight.site:
+            return xavier(weight, gain=sqrt(log(2 * weight.site.n_layers)))
+        return super().std(weight)

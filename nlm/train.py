@@ -1,0 +1,174 @@
+"""Training: the loop."""
+
+import time
+from collections.abc import Iterator, Mapping
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nlm.build import build_model
+from nlm.checkpoint import checkpoints, refuse_changed_model, resume, save_checkpoint
+from nlm.config import Config
+from nlm.data import Batches, TokenShard, validation_batches
+from nlm.evaluate.loss import mean_loss, summed_loss
+from nlm.metrics import Log
+from nlm.model import weights
+from nlm.optim import adamw, clip_gradients, learning_rate, projection
+from nlm.parallel.compile import compile_blocks
+from nlm.parallel.recompute import recompute_blocks
+from nlm.runtime import autocast, peak_memory_gib, pick_device, refuse_many_processes
+from nlm.statistics.record import LayerStatistics
+
+
+def train(config: Config) -> Path:
+    """Trains to train.steps, from the newest checkpoint of log.dir if it has one; returns log.dir.
+
+    Errors: ValueError before anything is allocated, for data or a checkpoint that does not fit the config;
+    FloatingPointError when a logged step finds a loss or gradient that is not finite.
+    """
+    refuse_many_processes()
+    run = Path(config.log.dir)
+    corpus = Corpus(config)
+    latest = checkpoints(run)[-1:]
+    for checkpoint in latest:
+        refuse_changed_model(checkpoint, config)
+
+    device, precision = pick_device(), config.train.precision
+    optim, steps = config.optim, config.train.steps
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, device=device)
+    parameters = [parameter for _, parameter, _ in weights(model)]
+    optimizer = adamw(model, optim)
+    project = projection(model)
+    start = resume(latest[0], model, optimizer) if latest else 0
+    statistics = LayerStatistics(model) if config.statistics.enabled else None
+    if config.parallel.recompute == "block":
+        recompute_blocks(model)
+    if config.parallel.compile:
+        compile_blocks(model)
+
+    with Log(run, config, start) as log:
+        n_parameters = sum(parameter.numel() for parameter in parameters)
+        log.say(f"{n_parameters:,} parameters in {config.model.n_layers} layers on {device}")
+        if start:
+            log.say("already trained; nothing to do" if start >= steps else f"resuming after step {start}")
+        clock = Clock(config.train.batch_tokens)
+        for step in range(start + 1, steps + 1):
+            evaluates, saves = due(step, steps, config.evaluate.every), due(step, steps, config.checkpoint.every)
+            logs = due(step, steps, config.log.every) or step == 1 or evaluates or saves
+            signals: list[Tensor] | None = [] if logs and statistics else None
+
+            loss = torch.zeros((), device=device)
+            for rows in corpus.microbatches(step, device):
+                with autocast(precision, device):
+                    part = summed_loss(model, rows, signals) / config.train.batch_tokens
+                part.backward()
+                loss += part.detach()
+            grad_norm, grad_norms = clip_gradients(parameters, optim.clip)
+            lr = set_learning_rate(optimizer, learning_rate(optim, step, steps))
+            if signals is not None and statistics:
+                statistics.before_update()
+            optimizer.step()
+            project()
+            optimizer.zero_grad()
+
+            clock.count()
+            if not logs:
+                log.advance(step)
+                continue
+            vectors = statistics.vectors(signals, grad_norms) if signals is not None and statistics else None
+            scalars = {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr, **clock.read()}
+            scalars["peak_memory_gib"] = peak_memory_gib(device)
+            if evaluates and corpus.validation is not None:
+                scalars["validation_loss"] = mean_loss(model, corpus.validation_batches(), device, precision)
+            log.write(step, scalars, vectors)
+            require_finite(step, scalars, vectors)
+            if saves:
+                save_checkpoint(run, step, model, optimizer, config)
+            clock.restart()
+    return run
+
+
+class Corpus:
+    """The training and validation tokens of a config, checked.
+
+    Errors: ValueError for a missing, damaged or empty shard, one shorter than a batch row, or one with tokens
+    that the model's vocabulary does not have.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        shard = _open("data.train", config.data.train, config.model.vocab_size)
+        self.train = Batches(shard.tokens, config.train.seq_len, config.batch_rows, config.train.seed)
+        self.validation: TokenShard | None = None
+        if config.data.validation is not None:
+            self.validation = _open("data.validation", config.data.validation, config.model.vocab_size)
+            self.validation_batches()
+
+    def microbatches(self, step: int, device: torch.device) -> Iterator[Tensor]:
+        """Rows [B/microbatches S+1] of `step` (1, 2, …)."""
+        rows = torch.from_numpy(self.train.batch(step - 1))
+        for part in rows.chunk(self.config.parallel.microbatches):
+            yield part.to(device, non_blocking=True)
+
+    def validation_batches(self) -> Iterator[NDArray[np.int64]]:
+        assert self.validation is not None, "there is no validation data"
+        config = self.config
+        rows = config.batch_rows // config.parallel.microbatches
+        return validation_batches(self.validation.tokens, config.train.seq_len, rows, config.evaluate.batches)
+
+
+def _open(key: str, prefix: str, vocab_size: int) -> TokenShard:
+    shard = TokenShard(prefix)
+    if (largest := shard.max_token()) >= vocab_size:
+        raise ValueError(
+            f"model.vocab_size: expected more than {largest}, the largest token in {key} = {prefix!r}, "
+            f"got {vocab_size}; set it to the tokenizer's size"
+        )
+    return shard
+
+
+def due(step: int, steps: int, every: int) -> bool:
+    """Whether `step` is one of every `every` (0: none), or the last."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+class Clock:
+    """Time a step since `restart`, pauses for validation and checkpoints left out."""
+
+    def __init__(self, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        self.restart()
+
+    def restart(self) -> None:
+        self.began, self.steps = time.perf_counter(), 0
+
+    def count(self) -> None:
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        step_s = (time.perf_counter() - self.began) / self.steps
+        return {"step_s": step_s, "tokens_s": self.batch_tokens / step_s}
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_multiplier"]
+    return lr
+
+
+def require_finite(step: int, scalars: Mapping[str, float], vectors: Mapping[str, np.ndarray] | None) -> None:
+    """Errors: FloatingPointError, with the first layer that went bad where statistics know it."""
+    if isfinite(scalars["loss"]) and isfinite(scalars["grad_norm"]):
+        return
+    bad = {name: np.flatnonzero(~np.isfinite(vector)) for name, vector in (vectors or {}).items()}
+    first = min(((int(layers[0]), name) for name, layers in bad.items() if layers.size), default=None)
+    where = "" if first is None else f"; the lowest layer that went bad is {first[0]} ({first[1]})"
+    raise FloatingPointError(
+        f"step {step}: loss {scalars['loss']}, gradient norm {scalars['grad_norm']}{where}; "
+        "lower optim.lr, lengthen optim.warmup_steps or choose another scheme; the last checkpoint is intact"
+    )
