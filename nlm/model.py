@@ -35,7 +35,9 @@ class Design:
     sizes: dict[Axis, int]
 
     def residual(self, site: Site) -> ResidualModule:
-        return ResidualModule(self.scheme.residual(site), self.sizes, ("dim",), self.norm)
+        module = ResidualModule(self.scheme.residual(site), self.sizes, ("dim",), self.norm)
+        module.site = site
+        return module
 
     def slot(self, site: Site, name: str) -> nn.Module:
         """What the scheme puts into a slot; a slot left empty passes its tensor on."""
@@ -140,7 +142,6 @@ class Block(nn.Module):
         super().__init__()
         attn = Site(layer, config.n_layers, "attn", config.dim)
         ffn = Site(layer, config.n_layers, "ffn", config.dim)
-        self.site = attn
         self.attn_residual = design.residual(attn)
         self.attn = Attention(config, design, attn)
         self.ffn_residual = design.residual(ffn)

@@ -85,7 +85,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
                     where = f"{path}, row {row}"
                     yield Document(_text(_python(value, where), text_field, where), row_bytes)
                     row += 1
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:  # a damaged page is an OSError without the path
         raise ValueError(f"{path}: expected a Parquet file; {error}") from error
 
 

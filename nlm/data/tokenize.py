@@ -73,30 +73,22 @@ def tokenize(
                         documents, n_bytes = documents + 1, n_bytes + len(text.encode())
             if not documents:
                 raise ValueError(f"empty corpus: no text in {len(files)} files; give inputs that hold text")
-
-        summary = Summary(
-            documents, int(counts.sum()), n_bytes, _entropy_nats(counts), time.perf_counter() - started_s
-        )
-        scratch_facts = Path(scratch, facts.name)
-        scratch_facts.write_text(
-            json.dumps(
-                {
-                    "tokenizer": Path(tokenizer).name,
-                    "tokenizer_sha256": _sha256(tokenizer),
-                    "vocab_size": coder.vocab_size,
-                    "eod": coder.eod,
-                    "documents": summary.documents,
-                    "tokens": summary.tokens,
-                    "max_token": int(counts.nonzero()[0].max()),
-                    "unigram_entropy_nats": summary.unigram_entropy_nats,
-                },
-                indent=2,
-            )
-        )
+            stated = {
+                "tokenizer": Path(tokenizer).name,
+                "tokenizer_sha256": _sha256(tokenizer),
+                "vocab_size": coder.vocab_size,
+                "eod": coder.eod,
+                "documents": documents,
+                "tokens": int(counts.sum()),
+                "max_token": int(counts.nonzero()[0].max()),
+                "unigram_entropy_nats": _entropy_nats(counts),
+            }
+            Path(scratch, facts.name).write_text(json.dumps(stated, indent=2))
         if train_tokenizer is not None:
             os.replace(trained, model)
-        os.replace(scratch_facts, facts)
-    return summary
+        os.replace(Path(scratch, facts.name), facts)
+    seconds = time.perf_counter() - started_s
+    return Summary(documents, int(counts.sum()), n_bytes, _entropy_nats(counts), seconds)
 
 
 def _progress() -> Progress:

