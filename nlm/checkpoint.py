@@ -55,6 +55,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
+def saved_step(path: Path) -> int:
+    """The last step that went into a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
 def load_checkpoint(path: str | Path) -> tuple[Transformer, Config]:
     """The model of a checkpoint and its config. Errors: ValueError when it is missing or damaged."""
     path = Path(path)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nlm.build import build_model
-from nlm.checkpoint import checkpoints, refuse_changed_model, resume, save_checkpoint
+from nlm.checkpoint import checkpoints, refuse_changed_model, resume, save_checkpoint, saved_step
 from nlm.config import Config
 from nlm.data import Batches, TokenShard, validation_batches
 from nlm.evaluate.loss import mean_loss, summed_loss
@@ -20,7 +20,7 @@ from nlm.model import weights
 from nlm.optim import adamw, clip_gradients, learning_rate, projection
 from nlm.parallel.compile import compile_blocks
 from nlm.parallel.recompute import recompute_blocks
-from nlm.runtime import autocast, peak_memory_gib, pick_device, refuse_many_processes
+from nlm.runtime import autocast, keep_freed_memory, peak_memory_gib, pick_device, refuse_many_processes
 from nlm.statistics.record import LayerStatistics
 
 
@@ -36,9 +36,13 @@ def train(config: Config) -> Path:
     latest = checkpoints(run)[-1:]
     for checkpoint in latest:
         refuse_changed_model(checkpoint, config)
+        if (done := saved_step(checkpoint)) >= config.train.steps:
+            print(f"{run}: already trained, {done} steps; nothing to do")
+            return run
 
     device, precision = pick_device(), config.train.precision
     optim, steps = config.optim, config.train.steps
+    keep_freed_memory()
     torch.manual_seed(config.train.seed)
     model = build_model(config, device=device)
     parameters = [parameter for _, parameter, _ in weights(model)]
@@ -55,7 +59,7 @@ def train(config: Config) -> Path:
         n_parameters = sum(parameter.numel() for parameter in parameters)
         log.say(f"{n_parameters:,} parameters in {config.model.n_layers} layers on {device}")
         if start:
-            log.say("already trained; nothing to do" if start >= steps else f"resuming after step {start}")
+            log.say(f"resuming after step {start}")
         clock = Clock(config.train.batch_tokens)
         for step in range(start + 1, steps + 1):
             evaluates, saves = due(step, steps, config.evaluate.every), due(step, steps, config.checkpoint.every)
