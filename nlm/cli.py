@@ -88,7 +88,7 @@ def _tokenize(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from nlm.statistics import report
+    from nlm.statistics.report import report
 
     for picture in report(options.runs, options.out):
         print(picture)

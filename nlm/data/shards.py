@@ -146,17 +146,17 @@ class TokenShard:
 
     def max_token(self) -> int:
         """The largest id: from PREFIX.json if that agrees with the index, else from a scan of all tokens."""
-        facts = _read_facts(shard_path(self._prefix, ".json"))
+        facts = shard_facts(self._prefix)
         counts = facts.get("tokens"), facts.get("documents")
         if counts == (self.n_tokens, self.n_documents) and "max_token" in facts:
             return int(facts["max_token"])
         return max(int(self.tokens[i : i + SCAN_TOKENS].max()) for i in range(0, self.n_tokens, SCAN_TOKENS))
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def shard_facts(prefix: str | Path) -> dict[str, Any]:
     """What PREFIX.json states; nothing if there is none, or it is something else's file."""
     try:
-        facts = json.loads(path.read_bytes())
+        facts = json.loads(shard_path(prefix, ".json").read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nlm import NORMS, SCHEMES, SCORES, build_model
-from nlm.anatomy import MATRICES, Role
+from nlm.anatomy import MATRICES
 from nlm.config import Config
 from nlm.init import init, projected
 from nlm.model import Transformer, weights
@@ -25,7 +25,13 @@ ALL = list(product(SCHEMES, NORMS, SCORES))
 def config(request: pytest.FixtureRequest, make_config: MakeConfig) -> Config:
     scheme, norm, score = request.param
     return make_config(
-        {"scheme": {"name": scheme}, "norm": norm, "attention": {"score": score}, "activation": "swiglu", "n_kv_heads": 2}
+        {
+            "scheme": {"name": scheme},
+            "norm": norm,
+            "attention": {"score": score},
+            "activation": "swiglu",
+            "n_kv_heads": 2,
+        }
     )
 
 
@@ -202,7 +208,3 @@ def test_compiled_with_the_real_compiler(scheme: str, make_config: MakeConfig) -
     compiled = torch.autograd.grad(loss(model, x), parameters)
     for (name, _), a, b in zip(model.named_parameters(), eager, compiled, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
-
-
-def test_roles_are_the_fields_words() -> None:
-    assert {role.value for role in Role} == set("embed q k v o gate up down head norm scale bias".split())

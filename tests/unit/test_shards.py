@@ -118,9 +118,7 @@ def test_max_token_scans_in_chunks(prefix: str, monkeypatch: pytest.MonkeyPatch)
         (["another tool's file"], 256),
     ],
 )
-def test_max_token_believes_facts_that_agree_with_the_index(
-    prefix: str, facts: object, expected: int
-) -> None:
+def test_max_token_believes_facts_that_agree_with_the_index(prefix: str, facts: object, expected: int) -> None:
     Path(f"{prefix}.json").write_text(json.dumps(facts))
     assert TokenShard(prefix).max_token() == expected
 

@@ -266,9 +266,7 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
         attempt()
     with pytest.raises(ValueError, match="nowhere: no such file or directory"):
         attempt(tmp_path / "nowhere")
-    with pytest.raises(
-        ValueError, match=r"table\.csv: expected a file ending in \.txt, \.md, \.jsonl, \.parquet"
-    ):
+    with pytest.raises(ValueError, match=r"table\.csv: expected a file ending in \.txt, \.md, \.jsonl, \.parquet"):
         attempt(tmp_path / "table.csv")
     with pytest.raises(ValueError, match=r"expected files ending in \.txt.* found none"):
         attempt(tmp_path)

@@ -153,9 +153,7 @@ def test_a_large_text_is_sampled_with_a_fixed_seed(tmp_path: Path, monkeypatch: 
 
 
 def test_text_around_reserved_characters_is_learned(tmp_path: Path) -> None:
-    path = train_sentencepiece(
-        [f"{line}\0▅" for line in HAMLET.splitlines()], 500, tmp_path / "reserved.model"
-    )
+    path = train_sentencepiece([f"{line}\0▅" for line in HAMLET.splitlines()], 500, tmp_path / "reserved.model")
     ids = load_tokenizer(str(path)).encode([HAMLET])[0]
     assert len(ids) < 0.6 * len(HAMLET)  # all bytes, were the text around them dropped
 
@@ -165,10 +163,7 @@ def test_too_large_a_vocabulary_names_the_largest_that_would_do(tmp_path: Path) 
         train_sentencepiece([MACBETH], 1_000_000, tmp_path / "large.model")
     assert not list(tmp_path.iterdir())
     largest = int(str(error.value).split(" or less")[0].split()[-1])
-    assert (
-        load_tokenizer(str(train_sentencepiece([MACBETH], largest, tmp_path / "x.model"))).vocab_size
-        == largest
-    )
+    assert load_tokenizer(str(train_sentencepiece([MACBETH], largest, tmp_path / "x.model"))).vocab_size == largest
     with pytest.raises(ValueError, match=f"give {largest} or less"):
         train_sentencepiece([MACBETH], largest + 1, tmp_path / "large.model")
 
@@ -177,10 +172,7 @@ def test_too_small_a_vocabulary_names_the_smallest_that_would_do(tmp_path: Path)
     with pytest.raises(ValueError, match=r"vocabulary size 100 .* give \d+ or more") as error:
         train_sentencepiece([MACBETH], 100, tmp_path / "small.model")
     smallest = int(str(error.value).split(" or more")[0].split()[-1])
-    assert (
-        load_tokenizer(str(train_sentencepiece([MACBETH], smallest, tmp_path / "x.model"))).vocab_size
-        == smallest
-    )
+    assert load_tokenizer(str(train_sentencepiece([MACBETH], smallest, tmp_path / "x.model"))).vocab_size == smallest
 
 
 @pytest.mark.parametrize("vocab_size", [0, -1])
