@@ -20,7 +20,7 @@ quickstart: $(BIN)/.quickstart data/plays.json data/plays-held-out.json
 
 # Both at once, a core each: layers this small do not fill two. Plain lines, as two progress bars would collide.
 .PHONY: train-deepnorm train-post_ln
-train-%:
+train-deepnorm train-post_ln: train-%:
 	@TTY_COMPATIBLE=0 OMP_NUM_THREADS=1 $(BIN)/nlm train configs/quickstart.toml \
 		model.scheme.name=$* log.dir=runs/quickstart/$*
 

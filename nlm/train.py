@@ -20,7 +20,7 @@ from nlm.model import weights
 from nlm.optim import adamw, clip_gradients, learning_rate, projection
 from nlm.parallel.compile import compile_blocks
 from nlm.parallel.recompute import recompute_blocks
-from nlm.runtime import autocast, keep_freed_memory, peak_memory_gib, pick_device, refuse_many_processes
+from nlm.runtime import autocast, peak_memory_gib, pick_device, refuse_many_processes
 from nlm.statistics.record import LayerStatistics
 
 
@@ -42,7 +42,6 @@ def train(config: Config) -> Path:
 
     device, precision = pick_device(), config.train.precision
     optim, steps = config.optim, config.train.steps
-    keep_freed_memory()
     torch.manual_seed(config.train.seed)
     model = build_model(config, device=device)
     parameters = [parameter for _, parameter, _ in weights(model)]

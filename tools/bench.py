@@ -28,7 +28,7 @@ from nlm.config import Config
 from nlm.model import weights
 from nlm.optim import adamw, clip_gradients, projection
 from nlm.parallel.compile import compile_blocks
-from nlm.runtime import keep_freed_memory, peak_memory_gib, pick_device
+from nlm.runtime import peak_memory_gib, pick_device
 from nlm.statistics.record import LayerStatistics
 
 Step = Callable[[int], None]
@@ -60,7 +60,6 @@ def cross_entropy(logits: Tensor, rows: Tensor) -> Tensor:
 
 
 def nlm_peer(compiled: bool) -> Step:
-    keep_freed_memory()
     model = build_model(
         config(PEERS | {"norm": "rmsnorm", "activation": "swiglu", "position": "rope"}, 256), device=pick_device()
     )
@@ -107,7 +106,6 @@ def llama_peer() -> Step:
 
 def deep(n_layers: int, record_every: int = 0) -> Step:
     """As `nlm train` steps: clipping, projection and, every `record_every` steps, statistics."""
-    keep_freed_memory()
     settings = config(WIDTH | {"n_layers": n_layers}, 64)
     model = build_model(settings, device=pick_device())
     parameters = [parameter for _, parameter, _ in weights(model)]
