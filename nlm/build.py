@@ -10,7 +10,7 @@ import torch
 from pydantic import ConfigDict, ValidationError, create_model
 
 from nlm.attention import SCORES
-from nlm.config import Config, ConfigError, Table, describe, nearest, read_table
+from nlm.config import AttentionChoice, Config, ConfigError, Table, describe, nearest, read_table
 from nlm.init import init
 from nlm.model import Transformer
 from nlm.norms import NORMS
@@ -56,7 +56,9 @@ def _bad_choices(model: Mapping[str, Any]) -> Iterable[str]:
     if isinstance(norm, str) and norm not in NORMS:
         yield f"model.norm: no norm is called {norm!r}; {nearest(norm, NORMS)}"
     yield from _bad_choice("model.scheme", "name", model.get("scheme"), SCHEMES)
-    yield from _bad_choice("model.attention", "score", model.get("attention", {"score": "softmax"}), SCORES)
+    attention = model.get("attention", {})
+    if isinstance(attention, dict):
+        yield from _bad_choice("model.attention", "score", {"score": AttentionChoice().score} | attention, SCORES)
 
 
 def _bad_choice(key: str, selector: str, table: Any, choices: Mapping[str, type]) -> Iterable[str]:
@@ -73,4 +75,4 @@ def _bad_choice(key: str, selector: str, table: Any, choices: Mapping[str, type]
     try:
         Fields.model_validate({k: v for k, v in table.items() if k != selector})
     except ValidationError as error:
-        yield from describe(error, prefix=f"{key}.")
+        yield from describe(error.errors(), prefix=f"{key}.")

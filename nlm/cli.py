@@ -9,7 +9,7 @@ EXAMPLES = """\
 examples:
   nlm tokenize plays/ --train-tokenizer 1024 --out data/plays
   nlm train configs/quickstart.toml optim.lr=5e-4 log.dir=runs/slower
-  nlm report runs/quickstart-deepnorm runs/quickstart-post_ln --out pictures
+  nlm report runs/quickstart runs/slower --out pictures
 """
 
 
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         return _fail(1, error)
     except KeyboardInterrupt:
         return _fail(130, "interrupted; the same command goes on from the last checkpoint")

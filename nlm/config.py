@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 Table = dict[str, Any]
 
@@ -197,7 +198,10 @@ class Config(Section):
         try:
             config = cls.model_validate(table)
         except ValidationError as error:
-            raise ConfigError(list(describe(error)) + list(_contradictions(table))) from None
+            # A derived key is missing only where one that it derives from is wrong, which is a problem of its own.
+            derived = [("model", key) for key in ("n_kv_heads", "head_dim", "ffn_dim")]
+            own = (p for p in error.errors() if not (p["type"] == "missing" and p["loc"] in derived))
+            raise ConfigError([*describe(own), *_contradictions(table)]) from None
         if problems := list(_contradictions(config.model_dump())):
             raise ConfigError(problems)
         return config
@@ -222,9 +226,9 @@ def read_table(path: str | Path, overrides: Iterable[str] = ()) -> Table:
     return _merge({"log": {"dir": f"runs/{path.stem}"}}, table)
 
 
-def describe(error: ValidationError, prefix: str = "") -> Iterable[str]:
+def describe(problems: Iterable[ErrorDetails], prefix: str = "") -> Iterable[str]:
     """One line a problem: the key, what was expected, what came."""
-    for problem in error.errors():
+    for problem in problems:
         key = prefix + ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             yield f"{key}: unknown key; remove it or correct its name"

@@ -50,3 +50,20 @@ def shard(plays: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
     prefix = str(tmp_path_factory.mktemp("shard") / "plays")
     tokenize([str(play) for play in plays[:2]], prefix, tokenizer="byte", train_tokenizer=None)
     return prefix
+
+
+@pytest.fixture
+def run_config(make_config: Callable[..., Config], shard: str, tmp_path: Path) -> Callable[..., Config]:
+    """As `make_config`, for a run of eight steps on the shard in `tmp_path/NAME`."""
+
+    def make(name: str, model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Config:
+        defaults: dict[str, dict[str, Any]] = {
+            "train": {"steps": 8, "batch_tokens": 128, "seq_len": 32},
+            "data": {"train": shard},
+            "log": {"dir": str(tmp_path / name), "every": 1, "tensorboard": False},
+        }
+        for section, keys in sections.items():
+            defaults[section] = defaults.get(section, {}) | keys
+        return make_config({"vocab_size": 257} | (model or {}), **defaults)
+
+    return make
