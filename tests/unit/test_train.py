@@ -1,0 +1,192 @@
+"""The loop: what a run computes, leaves behind, and does again after it was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nlm import build_model, load_checkpoint, read_layers
+from nlm.checkpoint import checkpoints
+from nlm.config import Config
+from nlm.data import Batches, TokenShard
+from nlm.train import train
+
+RunConfig = Callable[..., Config]
+DEADLINE_S = 300
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in records(run)]
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint."""
+    newest = checkpoints(run)[-1]
+    files = {path.name: load_file(path) for path in newest.glob("*.safetensors")}
+    return {f"{file}:{name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}
+
+
+def assert_same_state(run: Path, other: Path) -> None:
+    ours, theirs = state(run), state(other)
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def kill_when(config: Config, reached: Callable[[], bool]) -> None:
+    """`nlm train` in a process of its own, killed at once when `reached`."""
+    path = Path(config.log.dir).with_suffix(".toml")
+    path.write_text(config.to_toml())
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "nlm", "train", path], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + DEADLINE_S
+    while not reached():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("scheme", ["pre_ln", "ngpt"])
+def test_a_killed_run_ends_bit_identical(scheme: str, run_config: RunConfig) -> None:
+    """SIGKILL once between checkpoints, once in the middle of writing one, then to the end."""
+
+    def config(name: str) -> Config:
+        model = {"scheme": {"name": scheme}, "attention": {"score": "qknorm"}, "n_layers": 40}
+        return run_config(name, model, train={"steps": 60}, checkpoint={"every": 4, "keep_last": 1})
+
+    straight, killed = train(config("straight")), Path(config("killed").log.dir)
+    folder = killed / "checkpoints"
+    kill_when(config("killed"), lambda: len(losses_so_far(killed)) >= 6)
+    assert [path.name for path in checkpoints(killed)] == ["step-00000004"]
+    kill_when(config("killed"), lambda: any(p.name >= ".partial-step-00000012" for p in folder.glob(".partial-*")))
+    assert checkpoints(killed)
+    train(config("killed"))
+    assert [path.name for path in folder.iterdir()] == ["step-00000060"]
+    assert_same_state(straight, killed)
+    assert losses(killed) == losses(straight) and len(losses(killed)) == 60
+    ours, theirs = read_layers(killed), read_layers(straight)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def losses_so_far(run: Path) -> list[str]:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_text().splitlines() if metrics.exists() else []
+
+
+def test_a_finished_run_is_left_alone(run_config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config("once")
+    run = train(config)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert train(config) == run
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert "already trained, 8 steps" in capsys.readouterr().out
+
+
+def test_a_finished_run_can_go_further(run_config: RunConfig) -> None:
+    """With a constant rate, 8 steps and then 4 more are 12 steps."""
+    constant = {"schedule": "constant"}
+    train(run_config("further", optim=constant))
+    further = train(run_config("further", optim=constant, train={"steps": 12}))
+    assert_same_state(further, train(run_config("straight", optim=constant, train={"steps": 12})))
+
+
+def test_it_learns_real_text(run_config: RunConfig, shard: str) -> None:
+    """Far below the entropy of the letters alone, which every model reaches that looks at no context."""
+    model = {"dim": 64, "ffn_dim": 128}
+    schedule = {"train": {"steps": 400, "batch_tokens": 1024, "seq_len": 64}, "optim": {"lr": 3e-3, "warmup_steps": 20}}
+    run = train(run_config("learns", model, **schedule, log={"every": 100}, data={"train": shard, "validation": shard}))
+    counts = np.bincount(TokenShard(shard).tokens)
+    p = counts[counts > 0] / counts.sum()
+    assert records(run)[-1]["validation_loss"] < -(p * np.log(p)).sum() - 0.8
+
+
+def test_the_first_loss_is_that_of_the_first_batch(run_config: RunConfig, shard: str) -> None:
+    config = run_config("first", train={"steps": 1})
+    rows = torch.from_numpy(Batches(TokenShard(shard).tokens, 32, 4, config.train.seed).batch(0))
+    logits = build_model(config)(rows[:, :-1])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+    assert losses(train(config)) == [pytest.approx(expected, rel=1e-6)]
+
+
+def test_validation_is_over_the_whole_of_its_batches(run_config: RunConfig, shard: str) -> None:
+    config = run_config("valid", data={"validation": shard}, evaluate={"batches": 3}, log={"every": 8})
+    run = train(config)
+    model, _ = load_checkpoint(run / "checkpoints" / "step-00000008")
+    tokens = torch.from_numpy(np.array(TokenShard(shard).tokens[: 3 * 4 * 32 + 1], np.int64))
+    total = 0.0
+    with torch.no_grad():
+        for i in range(12):
+            x, y = tokens[32 * i : 32 * (i + 1)], tokens[32 * i + 1 : 32 * (i + 1) + 1]
+            total += torch.nn.functional.cross_entropy(model(x[None])[0], y, reduction="sum").item()
+    assert [r["step"] for r in records(run) if "validation_loss" in r] == [8]
+    assert records(run)[-1]["validation_loss"] == pytest.approx(total / (12 * 32), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"microbatches": 2},
+        {"microbatches": 4},
+        {"recompute": "block"},
+        {"compile": True},
+        {"compile": True, "recompute": "block"},
+    ],
+    ids=str,
+)
+def test_how_a_step_is_computed_does_not_change_it(parallel: dict[str, Any], run_config: RunConfig) -> None:
+    torch.compiler.reset()
+    plain, other = train(run_config("plain")), train(run_config("other", parallel=parallel))
+    assert losses(other) == pytest.approx(losses(plain), rel=1e-5)
+    ours, theirs = read_layers(other), read_layers(plain)
+    for name in theirs:
+        assert np.allclose(ours[name], theirs[name], rtol=1e-3), name
+
+
+def test_bf16(run_config: RunConfig) -> None:
+    """Near the fp32 run, but not it; the weights stay fp32."""
+    run = train(run_config("bf16", train={"precision": "bf16"}))
+    plain = losses(train(run_config("fp32")))
+    assert losses(run) == pytest.approx(plain, rel=0.02) and losses(run) != plain
+    assert {t.dtype for name, t in state(run).items() if name.startswith("model.")} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_layer(run_config: RunConfig) -> None:
+    config = run_config("diverges", optim={"lr": 1e30, "clip": 0.0}, checkpoint={"every": 1})
+    with pytest.raises(FloatingPointError, match=r"lowest layer that went bad is \d+ \(.*\).*lower optim.lr"):
+        train(config)
+    saved = checkpoints(Path(config.log.dir))
+    assert saved and len(records(Path(config.log.dir))) == int(saved[-1].name[-8:]) + 1
+
+
+def test_without_statistics_there_are_none(run_config: RunConfig) -> None:
+    run = train(run_config("bare", statistics={"enabled": False}))
+    assert len(losses(run)) == 8 and not (run / "layers").exists()
+    assert losses(run) == losses(train(run_config("full")))
+
+
+def test_the_resolved_config_is_in_the_run(run_config: RunConfig) -> None:
+    config = run_config("config")
+    assert (train(config) / "config.toml").read_text() == config.to_toml()
+
+
+def test_one_process_only(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="expected one process, but the launcher started 2"):
+        train(run_config("many"))
