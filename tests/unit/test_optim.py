@@ -1,0 +1,64 @@
+"""Schedules, clipping and the optimizer's groups."""
+
+from collections.abc import Callable
+from math import cos, pi
+
+import pytest
+import torch
+
+from nlm import build_model
+from nlm.config import Config, OptimConfig
+from nlm.optim import adamw, clip_gradients, learning_rate
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        *((name, 1, 0.1) for name in ("cosine", "wsd", "linear", "constant")),
+        *((name, 10, 1.0) for name in ("cosine", "wsd", "linear", "constant")),
+        ("cosine", 55, 0.2 + 0.8 * (1 + cos(pi / 2)) / 2),
+        ("cosine", 100, 0.2),
+        ("linear", 55, 0.6),
+        ("linear", 100, 0.2),
+        ("constant", 100, 1.0),
+        ("wsd", 70, 1.0),  # decay_frac = 0.3: the last 30 steps
+        ("wsd", 85, 0.6),
+        ("wsd", 100, 0.2),
+    ],
+)
+def test_schedules(schedule: str, step: int, expected: float) -> None:
+    config = OptimConfig(lr=3.0, schedule=schedule, warmup_steps=10, decay_frac=0.3, final_lr_frac=0.2)
+    assert learning_rate(config, step, 100) == pytest.approx(3.0 * expected)
+
+
+def test_no_warmup_starts_high_and_all_warmup_ends_there() -> None:
+    assert learning_rate(OptimConfig(lr=1.0), 1, 1000) == pytest.approx(1.0, abs=1e-4)
+    assert learning_rate(OptimConfig(lr=1.0, warmup_steps=5), 5, 5) == 1.0
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9, 0.0])
+def test_clipping_against_torch(max_norm: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.zeros(shape)) for shape in [(3, 4), (5,), ()]]
+    for p in ours:
+        p.grad = torch.randn(p.shape, generator=generator)
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    for p, q in zip(ours, theirs, strict=True):
+        q.grad = p.grad.clone()
+    before = [q.grad.norm() for q in theirs]
+    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm or float("inf"))
+    total, norms = clip_gradients(ours, max_norm)
+    assert torch.allclose(total, expected) and torch.allclose(norms, torch.stack(before))
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-5)
+
+
+def test_groups_decay_as_the_scheme_says(make_config: MakeConfig) -> None:
+    config = make_config({"bias": True}, optim={"lr": 1e-3, "weight_decay": 0.3, "betas": [0.8, 0.9], "eps": 1e-6})
+    groups = adamw(build_model(config), config.optim).param_groups
+    for group in groups:
+        assert {p.ndim for p in group["params"]} == ({2} if group["weight_decay"] else {1})
+        assert (group["betas"], group["eps"], group["lr_multiplier"]) == ((0.8, 0.9), 1e-6, 1.0)
+    assert {group["weight_decay"] for group in groups} == {0.3, 0.0}
