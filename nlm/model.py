@@ -155,6 +155,13 @@ class Block(nn.Module):
         return x, None if signals is None else torch.stack(signals).view(2, 3)
 
 
+class CrossEntropy(nn.Module):
+    """logits [B S V], targets [B S] -> []: -ln softmax(logits)[target], in float32, summed over all targets."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
+
 class Transformer(nn.Module):
     """A decoder-only language model, tokens [B S] -> logits [B S V].
 
@@ -200,6 +207,7 @@ class Transformer(nn.Module):
         self.final = design.slot(ends, "final")
         self.head = None if config.tied else Linear(Role.HEAD, config.dim, config.vocab_size, bias=False)
         self.logits = design.slot(ends, "logits")
+        self.cross_entropy = CrossEntropy()
         self.call_block: Callable[..., tuple[Tensor, Tensor | None]] = lambda block, *args: block(*args)
 
     def forward(self, tokens: Tensor, signals: list[Tensor] | None = None) -> Tensor:

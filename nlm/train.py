@@ -18,9 +18,9 @@ from nlm.evaluate.loss import mean_loss, summed_loss
 from nlm.metrics import Log
 from nlm.model import weights
 from nlm.optim import adamw, clip_gradients, learning_rate, projection
-from nlm.parallel.compile import compile_blocks
+from nlm.parallel.compile import compile_model
 from nlm.parallel.recompute import recompute_blocks
-from nlm.runtime import autocast, peak_memory_gib, pick_device, refuse_many_processes
+from nlm.runtime import autocast, keep_freed_memory, peak_memory_gib, pick_device, refuse_many_processes
 from nlm.statistics.record import LayerStatistics
 
 
@@ -42,6 +42,7 @@ def train(config: Config) -> Path:
 
     device, precision = pick_device(), config.train.precision
     optim, steps = config.optim, config.train.steps
+    keep_freed_memory()
     torch.manual_seed(config.train.seed)
     model = build_model(config, device=device)
     parameters = [parameter for _, parameter, _ in weights(model)]
@@ -52,7 +53,7 @@ def train(config: Config) -> Path:
     if config.parallel.recompute == "block":
         recompute_blocks(model)
     if config.parallel.compile:
-        compile_blocks(model)
+        compile_model(model)
 
     with Log(run, config, start) as log:
         n_parameters = sum(parameter.numel() for parameter in parameters)

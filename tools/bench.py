@@ -25,10 +25,11 @@ from torch import Tensor
 
 from nlm.build import build_model, parse_config
 from nlm.config import Config
+from nlm.evaluate.loss import summed_loss
 from nlm.model import weights
 from nlm.optim import adamw, clip_gradients, projection
-from nlm.parallel.compile import compile_blocks
-from nlm.runtime import peak_memory_gib, pick_device
+from nlm.parallel.compile import compile_model
+from nlm.runtime import keep_freed_memory, peak_memory_gib, pick_device
 from nlm.statistics.record import LayerStatistics
 
 Step = Callable[[int], None]
@@ -55,20 +56,17 @@ def batch(vocab_size: int, rows: int, seq_len: int) -> Tensor:
     return torch.randint(vocab_size, (rows, seq_len + 1), generator=generator).to(pick_device())
 
 
-def cross_entropy(logits: Tensor, rows: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-
-
 def nlm_peer(compiled: bool) -> Step:
+    keep_freed_memory()
     model = build_model(
         config(PEERS | {"norm": "rmsnorm", "activation": "swiglu", "position": "rope"}, 256), device=pick_device()
     )
     optimizer, rows = adamw(model, config(PEERS, 256).optim), batch(PEERS["vocab_size"], 4, 256)
     if compiled:
-        compile_blocks(model)
+        compile_model(model)
 
     def step(_: int) -> None:
-        cross_entropy(model(rows[:, :-1]), rows).backward()
+        (summed_loss(model, rows) / rows[:, 1:].numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -97,7 +95,7 @@ def llama_peer() -> Step:
     rows = batch(PEERS["vocab_size"], 4, 256)
 
     def step(_: int) -> None:
-        cross_entropy(model(input_ids=rows[:, :-1]).logits, rows).backward()
+        F.cross_entropy(model(input_ids=rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -106,6 +104,7 @@ def llama_peer() -> Step:
 
 def deep(n_layers: int, record_every: int = 0) -> Step:
     """As `nlm train` steps: clipping, projection and, every `record_every` steps, statistics."""
+    keep_freed_memory()
     settings = config(WIDTH | {"n_layers": n_layers}, 64)
     model = build_model(settings, device=pick_device())
     parameters = [parameter for _, parameter, _ in weights(model)]
@@ -114,7 +113,7 @@ def deep(n_layers: int, record_every: int = 0) -> Step:
 
     def step(i: int) -> None:
         signals: list[Tensor] | None = [] if record_every and i % record_every == 0 else None
-        cross_entropy(model(rows[:, :-1], signals), rows).backward()
+        (summed_loss(model, rows, signals) / rows[:, 1:].numel()).backward()
         _, norms = clip_gradients(parameters, 1.0)
         if signals is not None:
             layer_statistics.before_update()

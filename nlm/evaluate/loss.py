@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,8 +13,8 @@ from nlm.runtime import autocast
 
 def summed_loss(model: Transformer, rows: Tensor, signals: list[Tensor] | None = None) -> Tensor:
     """rows [B S+1] -> []: cross-entropy of predicting each token from those before it, summed over B·S targets."""
-    logits = model(rows[:, :-1], signals)
-    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum")
+    loss: Tensor = model.cross_entropy(model(rows[:, :-1], signals), rows[:, 1:])
+    return loss
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from nlm.model import Transformer
 
 
-def compile_blocks(model: Transformer, backend: str | Callable[..., object] = "inductor") -> None:
-    """In place. Errors: whatever keeps a block from being one whole graph, at its first call."""
-    for block in model.blocks.values():
-        block.compile(fullgraph=True, dynamic=False, backend=backend)
+def compile_model(model: Transformer, backend: str | Callable[..., object] = "inductor") -> None:
+    """Blocks and loss, in place. Errors: whatever keeps one from being one whole graph, at its first call."""
+    for module in (*model.blocks.values(), model.cross_entropy):
+        module.compile(fullgraph=True, dynamic=False, backend=backend)

@@ -14,7 +14,7 @@ from nlm.config import Config
 from nlm.init import init, projected
 from nlm.model import Transformer, weights
 from nlm.optim import adamw, clip_gradients, projection
-from nlm.parallel.compile import compile_blocks
+from nlm.parallel.compile import compile_model
 from nlm.parallel.recompute import recompute_blocks
 
 MakeConfig = Callable[..., Config]
@@ -125,7 +125,7 @@ def test_one_graph_serves_all_blocks(config: Config) -> None:
     torch.compiler.reset()
     model, x = shake(build_model(config)), tokens(config)
     expected = model(x)
-    compile_blocks(model, backend=count)
+    compile_model(model, backend=count)
     assert torch.allclose(model(x), expected, atol=1e-5)
     assert len(graphs) == 1, f"{len(graphs)} graphs for {config.model.n_layers} blocks"
     model(x, [])
@@ -204,7 +204,7 @@ def test_compiled_with_the_real_compiler(scheme: str, make_config: MakeConfig) -
     model = shake(build_model(config))
     parameters = list(model.parameters())
     eager = torch.autograd.grad(loss(model, x), parameters)
-    compile_blocks(model)
+    compile_model(model)
     compiled = torch.autograd.grad(loss(model, x), parameters)
     for (name, _), a, b in zip(model.named_parameters(), eager, compiled, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
