@@ -1,0 +1,46 @@
+"""What README.md shows is true: its scheme works, its links lead somewhere, its verbs exist."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nlm import SCHEMES, build_model
+from nlm.cli import main
+from nlm.config import Config
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_scheme_works(make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written: branches of 1/sqrt(2L) leave a stream that is as large after 64 layers as after 4."""
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "(Scheme)" in block]
+    namespace: dict[str, object] = {"__name__": "branch_scaled"}
+    exec(code, namespace)
+    monkeypatch.setitem(SCHEMES, "branch_scaled", namespace["BranchScaled"])
+    rms = {}
+    for n_layers in (4, 64):
+        signals: list[torch.Tensor] = []
+        model = build_model(make_config({"scheme": {"name": "branch_scaled"}, "n_layers": n_layers}))
+        model(torch.arange(24).view(2, 12), signals)
+        rms[n_layers] = float(signals[0][-1, 1, 2])
+    assert 0.8 < rms[64] / rms[4] < 1.25
+
+
+def test_the_files_it_names_are_there() -> None:
+    named = set(re.findall(r"\b(?:configs|tools|nlm|tests)/[\w./-]+\w", README))
+    assert len(named) > 5
+    for path in named - {"nlm/schemes/branch_scaled.py", "configs/schemes/branch_scaled.toml"}:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_verbs_it_uses_exist() -> None:
+    verbs = set(re.findall(r"^nlm (\w+)", README, re.MULTILINE))
+    assert len(verbs) >= 3
+    for verb in verbs:
+        with pytest.raises(SystemExit) as end:
+            main([verb, "--help"])
+        assert end.value.code == 0
