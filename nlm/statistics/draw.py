@@ -66,10 +66,12 @@ def heat_map(axes: Axes, steps: NDArray[Any], values: NDArray[Any], scale: LogNo
 
 
 def colour_scale(arrays: Iterable[NDArray[Any]]) -> LogNorm:
-    """One logarithmic scale for several arrays: from their smallest positive value to their largest."""
+    """One logarithmic scale for several arrays: their positive values, and a decade at least.
+
+    A decade, so that what hardly varies looks as if it hardly varied.
+    """
     positive = np.concatenate([np.ravel(a)[np.isfinite(a).ravel() & (np.ravel(a) > 0)] for a in arrays])
-    if not positive.size:
-        return LogNorm(0.1, 1.0)
-    high = float(positive.max())
-    low = max(float(positive.min()), high * 10.0**-DECADES)
-    return LogNorm(low, high) if low < high else LogNorm(low / 2, high * 2)
+    low, high = (float(positive.min()), float(positive.max())) if positive.size else (1.0, 1.0)
+    low = max(low, high * 10.0**-DECADES)
+    widen = max(1.0, 10 * low / high) ** 0.5
+    return LogNorm(low / widen, high * widen)

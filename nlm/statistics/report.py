@@ -75,7 +75,7 @@ def _overview(runs: Sequence[Run]) -> Figure:
         axes = [figure.add_subplot(grid[row, column]) for column in range(len(drawn))]
         for panel, run in zip(axes, drawn, strict=True):
             image = heat_map(panel, run.layers[STEP], run.layers[name], scale)
-            panel.set_title(f"{run.name}: {title} by layer")
+            panel.set_title(f"{run.name}: {title}")
         figure.colorbar(image, ax=axes)
     return figure
 

@@ -162,8 +162,10 @@ def test_colours_span_the_positive_values() -> None:
     scale = colour_scale([np.array([[0.0, 1e-3]]), np.array([[np.nan, np.inf], [5.0, 1e-2]])])
     assert (scale.vmin, scale.vmax) == (1e-3, 5.0)
     assert colour_scale([np.array([1e-30, 1.0])]).vmin == pytest.approx(1e-12)
-    for flat in ([np.zeros((2, 2))], [np.full((2, 2), 3.0)]):
-        assert colour_scale(flat).vmin < colour_scale(flat).vmax
+    for flat, middle in (np.zeros(2), 1.0), (np.full(2, 3.0), 3.0), (np.array([1.0, 4.0]), 2.0):
+        scale = colour_scale([flat])
+        assert scale.vmax / scale.vmin == pytest.approx(10.0)
+        assert scale.vmax * scale.vmin == pytest.approx(middle**2)
 
 
 def test_a_heat_map_shows_layers_upwards_and_steps_to_the_right(tmp_path: Path) -> None:

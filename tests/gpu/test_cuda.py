@@ -1,0 +1,39 @@
+"""The same on one GPU. Run by `pytest tests/gpu` on a machine that has one."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from nlm import SCHEMES, build_model
+from nlm.config import Config
+from nlm.train import train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+RunConfig = Callable[..., Config]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_logits_and_gradients_are_those_of_the_cpu(scheme: str, run_config: RunConfig) -> None:
+    config = run_config("unused", {"scheme": {"name": scheme}, "activation": "swiglu"})
+    tokens = torch.arange(64).view(2, 32)
+    results = []
+    for device in ("cpu", "cuda"):
+        model = build_model(config, device=device)
+        logits = model(tokens.to(device))
+        logits.square().mean().backward()
+        results.append([logits.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_resumed_run_learns_on(precision: str, compiled: bool, run_config: RunConfig) -> None:
+    sections = {"parallel": {"compile": compiled}, "optim": {"schedule": "constant", "lr": 3e-3}}
+    train(run_config("run", train={"precision": precision, "steps": 20}, **sections))
+    run = train(run_config("run", train={"precision": precision, "steps": 60}, **sections))
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 60 and losses[-1] < losses[0] - 1
