@@ -41,12 +41,10 @@ def save_checkpoint(run: Path, step: int, model: Transformer, optimizer: torch.o
     save_file({"step": torch.tensor(step), **_rng_state()}, partial / "state.safetensors")
     for path in (*partial.iterdir(), partial):
         _fsync(path)
-    if final.exists():  # a finished run that was asked to finish again
-        shutil.rmtree(final)
     partial.rename(final)
     _fsync(folder)
     for old in checkpoints(run)[: -config.checkpoint.keep_last]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(folder / f"{PARTIAL}{old.name}"))  # nor is one half removed ever taken for whole
     return final
 
 

@@ -1,7 +1,10 @@
 """Checkpoints: what they hold, and that a damaged or foreign one is refused by name."""
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -44,6 +47,27 @@ def test_resuming_restores_optimizer_and_random_state(run_config: RunConfig, sav
     after = torch.get_rng_state()
     torch.manual_seed(config.train.seed)
     assert torch.equal(after, torch.get_rng_state()), "nothing in a run of this model draws random numbers"
+
+
+def test_at_no_moment_is_there_half_a_checkpoint(run_config: RunConfig, tmp_path: Path) -> None:
+    """Whatever stands under a checkpoint's name, while one is written and an older one removed, is complete."""
+    config = run_config("atomic", {"n_layers": 30}, checkpoint={"keep_last": 1})
+    model = build_model(config)
+    optimizer = adamw(model, config.optim)
+    model(torch.arange(24).view(2, 12)).sum().backward()
+    optimizer.step()
+    files = {path.name for path in save_checkpoint(tmp_path, 1, model, optimizer, config).iterdir()}
+
+    writer = Thread(target=lambda: [save_checkpoint(tmp_path, s, model, optimizer, config) for s in range(2, 40)])
+    writer.start()
+    looks = 0
+    while writer.is_alive():
+        for path in checkpoints(tmp_path):
+            with suppress(FileNotFoundError):  # renamed since it was listed
+                found = set(os.listdir(path))
+                assert found == files or not path.exists(), f"{path.name} has only {found}"
+                looks += 1
+    assert looks > 100 and len(checkpoints(tmp_path)) == 1
 
 
 def test_only_the_newest_are_kept(run_config: RunConfig) -> None:
