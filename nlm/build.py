@@ -52,7 +52,7 @@ def build_model(config: Config, seed: int | None = None, device: str | torch.dev
 
 
 def _bad_choices(model: Mapping[str, Any]) -> Iterable[str]:
-    norm = model.get("norm", "layernorm")
+    norm = model.get("norm")
     if isinstance(norm, str) and norm not in NORMS:
         yield f"model.norm: no norm is called {norm!r}; {nearest(norm, NORMS)}"
     yield from _bad_choice("model.scheme", "name", model.get("scheme"), SCHEMES)

@@ -17,6 +17,11 @@ torch.set_num_threads(1)  # small tensors; and the suite shares its cores
 MODEL = {"vocab_size": 96, "dim": 32, "n_layers": 3, "n_heads": 4, "ffn_dim": 48, "scheme": {"name": "pre_ln"}}
 
 
+def merged(table: dict[str, Any], sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`table` with the keys of `sections` in its own sections."""
+    return table | {name: table.get(name, {}) | keys for name, keys in sections.items()}
+
+
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., Config]:
     """`make_config({"scheme": {…}, …}, train={…}, …)`: a tiny config, the first argument merged into [model]."""
@@ -29,9 +34,7 @@ def make_config() -> Callable[..., Config]:
             "data": {"train": "unused"},
             "log": {"dir": "unused"},
         }
-        for section, keys in sections.items():
-            table[section] = table.get(section, {}) | keys
-        return parse_config(table)
+        return parse_config(merged(table, sections))
 
     return make
 
@@ -62,8 +65,6 @@ def run_config(make_config: Callable[..., Config], shard: str, tmp_path: Path) -
             "data": {"train": shard},
             "log": {"dir": str(tmp_path / name), "every": 1, "tensorboard": False},
         }
-        for section, keys in sections.items():
-            defaults[section] = defaults.get(section, {}) | keys
-        return make_config({"vocab_size": 257} | (model or {}), **defaults)
+        return make_config({"vocab_size": 257} | (model or {}), **merged(defaults, sections))
 
     return make

@@ -70,7 +70,7 @@ def colour_scale(arrays: Iterable[NDArray[Any]]) -> LogNorm:
 
     A decade, so that what hardly varies looks as if it hardly varied.
     """
-    positive = np.concatenate([np.ravel(a)[np.isfinite(a).ravel() & (np.ravel(a) > 0)] for a in arrays])
+    positive = np.concatenate([a[np.isfinite(a) & (a > 0)] for a in arrays])
     low, high = (float(positive.min()), float(positive.max())) if positive.size else (1.0, 1.0)
     low = max(low, high * 10.0**-DECADES)
     widen = max(1.0, 10 * low / high) ** 0.5
