@@ -34,6 +34,39 @@ MATRICES = READS | WRITES | {Role.EMBED, Role.HEAD}
 Axis = Literal["dim", "head", "kv_head", "head_dim", "hidden", "vocab"]
 """Logical axes. The name of an axis, not its position, decides how a tensor parallel layout places it."""
 
+CUT_AXES: frozenset[Axis] = frozenset({"head", "kv_head", "hidden", "vocab"})
+"""The axes that tensor parallelism divides among its ranks."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The indices start … stop-1 of an axis of length `full` that this rank holds."""
+
+    start: int
+    stop: int
+    full: int
+
+    @classmethod
+    def whole(cls, full: int) -> "Span":
+        return cls(0, full, full)
+
+    @classmethod
+    def part(cls, full: int, index: int, parts: int) -> "Span":
+        """One of `parts` parts in order, whose lengths differ by at most 1."""
+        return cls(full * index // parts, full * (index + 1) // parts, full)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __mul__(self, inner: int) -> "Span":
+        """The span of this axis flattened with a whole axis inside it."""
+        return Span(self.start * inner, self.stop * inner, self.full * inner)
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self) == self.full
+
+
 SLOTS: dict[str, tuple[Axis, ...]] = {
     "embed": ("dim",),  # [B S D] what enters the first block
     "q": ("head", "head_dim"),  # [B S H Dh] after positions, before the score
@@ -61,7 +94,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter as the rules see it. `shape` is [out, in] for matrices; `site` is None outside the blocks."""
+    """A parameter as the rules see it. `site` is None outside the blocks.
+
+    `shape` is that of the whole parameter, [out, in] for matrices, whatever part of it a rank holds.
+    """
 
     role: Role
     shape: tuple[int, ...]

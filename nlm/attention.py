@@ -8,19 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nlm.anatomy import Role
+from nlm.anatomy import Role, Span
 from nlm.norms import RMSNorm, unit
+from nlm.parallel.tensor import TensorParallel
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The shape of attention; `seq_len` is the context length of training."""
+    """The shape of attention and this rank's part of it; `seq_len` is the context length of training."""
 
-    n_heads: int
-    n_kv_heads: int
+    query: Span
+    kv: Span
     head_dim: int
     seq_len: int
     norm_eps: float
+    tp: TensorParallel
 
 
 class Softmax(nn.Module):
@@ -45,10 +47,11 @@ class QKNorm(Softmax):
     """
 
     roles = {"g": Role.SCALE}
+    spans = {"g": (Span.whole(1),)}
 
     def __init__(self, heads: Heads, *, g0: float | None = None) -> None:
         super().__init__(heads)
-        self.g = nn.Parameter(torch.empty(()))
+        self.g = nn.Parameter(torch.empty(1))
         self.initial = {"g": log2(heads.seq_len**2 - heads.seq_len) if g0 is None else g0}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,8 +63,8 @@ class RMSQKNormHead(Softmax):
 
     def __init__(self, heads: Heads) -> None:
         super().__init__(heads)
-        self.q_norm = RMSNorm(heads.head_dim, heads.norm_eps)
-        self.k_norm = RMSNorm(heads.head_dim, heads.norm_eps)
+        self.q_norm = RMSNorm(Span.whole(heads.head_dim), heads.tp, heads.norm_eps)
+        self.k_norm = RMSNorm(Span.whole(heads.head_dim), heads.tp, heads.norm_eps)
 
     def normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.q_norm(q), self.k_norm(k)
@@ -72,8 +75,8 @@ class RMSQKNormFull(Softmax):
 
     def __init__(self, heads: Heads) -> None:
         super().__init__(heads)
-        self.q_norm = RMSNorm(heads.n_heads * heads.head_dim, heads.norm_eps)
-        self.k_norm = RMSNorm(heads.n_kv_heads * heads.head_dim, heads.norm_eps)
+        self.q_norm = RMSNorm(heads.query * heads.head_dim, heads.tp, heads.norm_eps)
+        self.k_norm = RMSNorm(heads.kv * heads.head_dim, heads.tp, heads.norm_eps)
 
     def normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)

@@ -12,8 +12,15 @@ from pydantic import ConfigDict, ValidationError, create_model
 from nlm.attention import SCORES
 from nlm.config import AttentionChoice, Config, ConfigError, Table, describe, nearest, read_table
 from nlm.init import init
-from nlm.model import Transformer
+from nlm.mesh import Mesh
+from nlm.model import Transformer, held
 from nlm.norms import NORMS
+from nlm.parallel.compile import compile_model
+from nlm.parallel.engine import Engine, WholeEngine
+from nlm.parallel.pipeline import PipelineEngine, split, stages_of
+from nlm.parallel.recompute import recompute_blocks
+from nlm.parallel.shard import shard
+from nlm.parallel.tensor import TensorParallel
 from nlm.schemes import SCHEMES
 
 
@@ -41,14 +48,48 @@ def parse_config(table: Table) -> Config:
 
 
 def build_model(config: Config, seed: int | None = None, device: str | torch.device = "cpu") -> Transformer:
-    """The model of a config in float32, materialized and initialized; `seed` defaults to train.seed."""
+    """The whole model of a config in float32, materialized and initialized; `seed` defaults to train.seed."""
+    return init(design(config).to_empty(device=device), config.train.seed if seed is None else seed)
+
+
+def design(config: Config, tp: TensorParallel | None = None) -> Transformer:
+    """A tensor parallel rank's part of the model, without memory of its own yet."""
     model = config.model
     scheme = SCHEMES[model.scheme.name](**model.scheme.fields)
     score = partial(SCORES[model.attention.score], **model.attention.fields)
     norm = partial(NORMS[model.norm], eps=model.norm_eps, bias=model.bias)
     with torch.device("meta"):
-        transformer = Transformer(model, config.train.seq_len, scheme, norm, score)
-    return init(transformer.to_empty(device=device), config.train.seed if seed is None else seed)
+        return Transformer(model, config.train.seq_len, scheme, norm, score, tp)
+
+
+def build_engine(config: Config, mesh: Mesh) -> Engine:
+    """What trains the model in the layout of the config, with this rank's parts of it, initialized."""
+    parallel = config.parallel
+    stages = stages_of(mesh.rank("pp"), parallel) if parallel.pp > 1 else [0]
+    parts = split(config.model, config.train.seq_len, parallel.n_stages)
+    whole = design(config, mesh.tp)
+    weights = {h.name: h.weight for h in held(whole)}
+    models = []
+    for stage in stages:
+        model = whole if len(stages) == 1 else design(config, mesh.tp)
+        model.keep(parts[stage])
+        models.append(prepare(model, config, mesh))
+    if parallel.pp > 1:
+        return PipelineEngine(config, mesh, models, weights, stages)
+    return WholeEngine(config, mesh, models[0], weights)
+
+
+def prepare(model: Transformer, config: Config, mesh: Mesh) -> Transformer:
+    """Sharded, materialized, initialized, recomputed and compiled as the config has it."""
+    if config.train.precision == "fp64":
+        model.double()
+    shard(model, config.parallel, mesh)
+    init(model.to_empty(device=mesh.device), config.train.seed)
+    if config.parallel.recompute == "block":
+        recompute_blocks(model)
+    if config.parallel.compile:
+        compile_model(model)
+    return model
 
 
 def _bad_choices(model: Mapping[str, Any]) -> Iterable[str]:

@@ -12,32 +12,41 @@ It is written beside its final name, flushed to the disk and renamed. Reading it
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nlm.build import build_model, load_config
 from nlm.config import Config, ConfigError
-from nlm.model import Transformer, weights
+from nlm.model import Held, Transformer, held
+from nlm.parallel.engine import Engine
 
 PARTIAL = ".partial-"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_checkpoint(run: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, config: Config) -> Path:
-    """Writes `run/checkpoints/step-…`, then removes all but the newest checkpoint.keep_last."""
-    folder = run / "checkpoints"
+def save_checkpoint(run: Path, step: int, engine: Engine) -> None:
+    """Writes `run/checkpoints/step-…`, then removes all but the newest checkpoint.keep_last.
+
+    All ranks give what they hold; the one that speaks writes it, the same whatever the layout.
+    """
+    model, optimizer = engine.pieces.gather(engine.pieces.tensors), _optimizer_state(engine)
+    if not engine.mesh.speaks:
+        return
+    config, folder = engine.config, run / "checkpoints"
     final = folder / f"step-{step:08d}"
     partial = folder / f"{PARTIAL}{final.name}"
     for leftover in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     (partial / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-    save_file(_parameters(model), partial / "model.safetensors")
-    save_file(_optimizer_state(model, optimizer), partial / "optimizer.safetensors")
+    save_file(model, partial / "model.safetensors")
+    save_file(optimizer, partial / "optimizer.safetensors")
     save_file({"step": torch.tensor(step), **_rng_state()}, partial / "state.safetensors")
     for path in (*partial.iterdir(), partial):
         _fsync(path)
@@ -45,7 +54,6 @@ def save_checkpoint(run: Path, step: int, model: Transformer, optimizer: torch.o
     _fsync(folder)
     for old in checkpoints(run)[: -config.checkpoint.keep_last]:
         shutil.rmtree(old.rename(folder / f"{PARTIAL}{old.name}"))  # nor is one half removed ever taken for whole
-    return final
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -59,11 +67,11 @@ def saved_step(path: Path) -> int:
 
 
 def load_checkpoint(path: str | Path) -> tuple[Transformer, Config]:
-    """The model of a checkpoint and its config. Errors: ValueError when it is missing or damaged."""
+    """The whole model of a checkpoint and its config. Errors: ValueError when it is missing or damaged."""
     path = Path(path)
     config = checkpoint_config(path)
     model = build_model(config)
-    _restore_parameters(path, model)
+    _restore_parameters(path, list(held(model)))
     return model, config
 
 
@@ -73,20 +81,18 @@ def checkpoint_config(path: Path) -> Config:
     return load_config(path / "config.toml")
 
 
-def resume(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
-    """Puts everything back in place and returns the last finished step."""
-    _restore_parameters(path, model)
-    state = _read(path / "optimizer.safetensors")
-    parameters = {name: parameter for name, parameter, _ in weights(model)}
-    for key, tensor in state.items():
-        name, _, field = key.rpartition(".")
-        parameter = parameters[name]
-        optimizer.state[parameter][field] = tensor.to(parameter.device)
-    extra = _read(path / "state.safetensors")
-    torch.set_rng_state(extra["rng_cpu"])
-    if torch.cuda.is_available() and "rng_cuda" in extra:
-        torch.cuda.set_rng_state(extra["rng_cuda"])
-    return int(extra["step"])
+def resume(path: Path, engine: Engine) -> int:
+    """Puts everything back in place, in any layout, and returns the last finished step."""
+    _restore_parameters(path, engine.pieces.held)
+    with _open(path / "optimizer.safetensors") as saved:
+        for h in engine.pieces.held:
+            state = {field: _part(saved, f"{h.name}.{field}", h) for field in MOMENTS}
+            engine.optimizer.state[h.tensor] = {"step": saved.get_tensor(f"{h.name}.step")} | state
+    with _open(path / "state.safetensors") as extra:
+        torch.set_rng_state(extra.get_tensor("rng_cpu"))
+        if torch.cuda.is_available() and "rng_cuda" in extra.keys():
+            torch.cuda.set_rng_state(extra.get_tensor("rng_cuda"))
+        return int(extra.get_tensor("step"))
 
 
 def refuse_changed_model(path: Path, config: Config) -> None:
@@ -107,16 +113,14 @@ def refuse_changed_model(path: Path, config: Config) -> None:
         raise ConfigError(problems)
 
 
-def _parameters(model: Transformer) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter, _ in weights(model)}
-
-
-def _optimizer_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{field}": tensor
-        for name, parameter, _ in weights(model)
-        for field, tensor in optimizer.state[parameter].items()
-    }
+def _optimizer_state(engine: Engine) -> dict[str, Tensor]:
+    pieces, states = engine.pieces, engine.optimizer.state
+    steps = states[pieces.tensors[0]]["step"].cpu()
+    saved = {f"{name}.step": steps.clone() for name in pieces.weights}
+    for field in MOMENTS:
+        whole = pieces.gather([states[tensor][field] for tensor in pieces.tensors])
+        saved |= {f"{name}.{field}": tensor for name, tensor in whole.items()}
+    return saved
 
 
 def _rng_state() -> dict[str, Tensor]:
@@ -125,19 +129,26 @@ def _rng_state() -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _restore_parameters(path: Path, model: Transformer) -> None:
-    saved = _read(path / "model.safetensors")
-    parameters = _parameters(model)
-    if saved.keys() != parameters.keys():
-        differ = sorted(saved.keys() ^ parameters.keys())
-        raise ValueError(f"{path}: not a checkpoint of this model: {len(differ)} names differ, first {differ[0]}")
-    for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
+def _restore_parameters(path: Path, pieces: Sequence[Held]) -> None:
+    with _open(path / "model.safetensors") as saved:
+        if missing := sorted({h.name for h in pieces} - set(saved.keys())):
+            raise ValueError(
+                f"{path}: not a checkpoint of this model: it lacks {len(missing)} names, first {missing[0]}"
+            )
+        for h in pieces:
+            h.tensor.copy_(_part(saved, h.name, h))
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _part(saved: Any, key: str, h: Held) -> Tensor:
+    """What a rank holds of a tensor in the file, on the rank's device; no more than that is read."""
+    spans = tuple(slice(span.start, span.stop) for span in h.spans)
+    tensor: Tensor = saved.get_slice(key)[spans]
+    return tensor.to(h.tensor.device, h.tensor.dtype)
+
+
+def _open(path: Path) -> Any:
     try:
-        return load_file(path)
+        return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: missing or damaged ({error}); resume from an older checkpoint") from None
 

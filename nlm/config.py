@@ -24,6 +24,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from nlm.layout import layout_problems
+
 Table = dict[str, Any]
 
 
@@ -102,13 +104,16 @@ class ModelConfig(Section):
 
 
 class TrainConfig(Section):
-    """`batch_tokens` is the target tokens of one step: rows of `seq_len`, over all microbatches."""
+    """`batch_tokens` is the target tokens of one step: rows of `seq_len`, over all microbatches and ranks.
+
+    `precision`: "bf16" takes products in bfloat16 over float32 weights; "fp64" is for proofs.
+    """
 
     steps: PositiveInt
     batch_tokens: PositiveInt
     seq_len: int = Field(ge=2)
     seed: NonNegativeInt = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
 
 
 class OptimConfig(Section):
@@ -130,12 +135,54 @@ class OptimConfig(Section):
 
 
 class ParallelConfig(Section):
-    """`microbatches`: a step's rows go through the model in this many parts. `recompute = "block"` keeps only
-    each block's input for the backward and computes the block again there."""
+    """The layout: pp · dp_replicate · dp_shard · tp ranks. It changes the time a step takes, not its numbers.
 
+    `dp_replicate` ranks each take a part of every batch (DDP); `dp_shard` ranks do, and hold a part of every
+    parameter, gradient and optimizer state (FSDP2; with both, HSDP), gathered `blocks_per_unit` at a time (by
+    default a 40th of the stack) and dropped again after the forward if `reshard`. `tp` ranks divide heads, hidden
+    units and vocabulary, under `sequence_parallel` also the stream between. `pp` ranks hold a part of the layers
+    each, of which "interleaved" makes `stages_per_rank` parts a rank (by default 2), "zbv" and "dualpipev" two.
+
+    `engine = "deepspeed"` has DeepSpeed do the data parallelism: `zero = 0` over dp_replicate, 1 (optimizer
+    state), 2 (and gradients) or 3 (and parameters; with `offload` in CPU memory) over dp_shard.
+
+    `microbatches`: a step's rows go through the model in this many parts. `recompute = "block"` keeps only
+    each block's input for the backward and computes the block again there.
+    """
+
+    engine: Literal["torch", "deepspeed"] = "torch"
+    dp_replicate: PositiveInt = 1
+    dp_shard: PositiveInt = 1
+    blocks_per_unit: PositiveInt | None = None
+    reshard: bool = True
+    tp: PositiveInt = 1
+    sequence_parallel: bool = False
+    pp: PositiveInt = 1
+    schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"
+    stages_per_rank: PositiveInt | None = None
+    zero: Literal[0, 1, 2, 3] | None = None
+    offload: bool = False
     microbatches: PositiveInt = 1
     recompute: Literal["none", "block"] = "none"
     compile: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.pp * self.data_ranks * self.tp
+
+    @property
+    def data_ranks(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def n_stages(self) -> int:
+        match self.schedule:
+            case "1f1b":
+                return self.pp
+            case "interleaved":
+                return self.pp * (self.stages_per_rank or 2)
+            case "zbv" | "dualpipev":
+                return self.pp * 2
 
 
 class DataConfig(Section):
@@ -202,7 +249,7 @@ class Config(Section):
             derived = [("model", key) for key in ("n_kv_heads", "head_dim", "ffn_dim")]
             own = (p for p in error.errors() if not (p["type"] == "missing" and p["loc"] in derived))
             raise ConfigError([*describe(own), *_contradictions(table)]) from None
-        if problems := list(_contradictions(config.model_dump())):
+        if problems := [*_contradictions(config.model_dump()), *layout_problems(config)]:
             raise ConfigError(problems)
         return config
 
@@ -272,10 +319,11 @@ def _contradictions(table: Table) -> Iterable[str]:
     tokens, seq_len = number("train", "batch_tokens"), number("train", "seq_len")
     if tokens and seq_len:
         microbatches = number("parallel", "microbatches") or 1
-        if tokens % (seq_len * microbatches):
+        data_ranks = (number("parallel", "dp_replicate") or 1) * (number("parallel", "dp_shard") or 1)
+        if tokens % (unit := seq_len * microbatches * data_ranks):
             yield (
-                f"train.batch_tokens: expected a multiple of train.seq_len · parallel.microbatches = "
-                f"{seq_len * microbatches}, got {tokens}"
+                f"train.batch_tokens: expected a multiple of train.seq_len · parallel.microbatches · dp_replicate · "
+                f"dp_shard = {unit}, got {tokens}"
             )
     steps, warmup = number("train", "steps"), number("optim", "warmup_steps")
     if steps and warmup and warmup > steps:

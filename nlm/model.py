@@ -3,17 +3,19 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from nlm.anatomy import SLOTS, Axis, Role, Site, Weight
+from nlm.anatomy import SLOTS, WRITES, Axis, Role, Site, Span, Weight
 from nlm.attention import Heads, Rotary, Softmax, rotate, sinusoidal
 from nlm.config import ModelConfig
+from nlm.parallel.tensor import TensorParallel
+from nlm.runtime import autocast
 from nlm.schemes.base import Norm, Scheme, Slot
-from nlm.schemes.module import MakeNorm, ResidualModule, SlotModule
+from nlm.schemes.module import MakeNorm, ResidualModule, SlotModule, flat
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -27,15 +29,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Design:
-    """What a config chose by name, ready to build with: the scheme, the norm layer, the attention score."""
+    """What a config chose by name, and this rank's part of each logical axis, ready to build with."""
 
     scheme: Scheme
     norm: MakeNorm
     score: Callable[[], Softmax]
-    sizes: dict[Axis, int]
+    spans: dict[Axis, Span]
+    tp: TensorParallel
 
     def residual(self, site: Site) -> ResidualModule:
-        module = ResidualModule(self.scheme.residual(site), self.sizes, ("dim",), self.norm)
+        module = ResidualModule(self.scheme.residual(site), self.spans, ("dim",), self.norm)
         module.site = site
         return module
 
@@ -43,38 +46,65 @@ class Design:
         """What the scheme puts into a slot; a slot left empty passes its tensor on."""
         match self.scheme.slots(site).get(name):
             case Norm():
-                return self.norm(prod(self.sizes[axis] for axis in SLOTS[name]))
+                return self.norm(flat(SLOTS[name], self.spans))
             case Slot() as slot:
-                return SlotModule(slot, self.sizes, SLOTS[name], self.norm)
+                return SlotModule(slot, self.spans, SLOTS[name], self.norm)
         return nn.Identity()
 
     def slots(self, site: Site, *names: str) -> nn.ModuleDict:
         return nn.ModuleDict({name: self.slot(site, name) for name in names})
 
+    def linear(self, role: Role, inputs: Span, outputs: Span, bias: bool) -> "Linear":
+        return (Writer if role in WRITES else Linear)(role, inputs, outputs, bias, self.tp)
+
 
 class Linear(nn.Linear):
     """[… in] -> [… out]; weight [out, in]. Filled by `init`, never by itself."""
 
-    def __init__(self, role: Role, in_features: int, out_features: int, bias: bool) -> None:
+    def __init__(self, role: Role, inputs: Span, outputs: Span, bias: bool, tp: TensorParallel) -> None:
         self.roles = {"weight": role, "bias": Role.BIAS}
+        self.spans = {"weight": (outputs, inputs), "bias": (outputs,)}
         self.initial = {"bias": 0.0}
-        super().__init__(in_features, out_features, bias)
+        super().__init__(len(inputs), len(outputs), bias)
+        self.tp = tp
+        self.multiply: Callable[..., Tensor] = F.linear
 
     def reset_parameters(self) -> None:
         pass
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.weight, self.bias)
+
+
+class Writer(Linear):
+    """A Linear whose inputs are divided: its product is a partial sum, which it completes before it adds the bias."""
+
+    inside = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return super().forward(x)
+        y = self.tp.leave(self.multiply(x, self.weight, None))
+        return y if self.bias is None else y + self.bias
+
 
 class Embedding(nn.Module):
-    """indices [B S] -> [B S D]."""
+    """indices [B S] -> the stream [B S D]. Of a divided table [V D], each rank looks up the rows it has."""
 
     roles = {"weight": Role.EMBED}
 
-    def __init__(self, n: int, dim: int) -> None:
+    def __init__(self, indices: Span, dim: Span, tp: TensorParallel) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n, dim))
+        self.indices, self.tp = indices, tp
+        self.spans = {"weight": (indices, dim)}
+        self.weight = nn.Parameter(torch.empty(len(indices), len(dim)))
 
     def forward(self, indices: Tensor) -> Tensor:
-        return F.embedding(indices, self.weight)
+        if self.indices.is_whole:
+            return F.embedding(indices, self.weight)
+        others = (indices < self.indices.start) | (indices >= self.indices.stop)
+        rows = F.embedding((indices - self.indices.start).masked_fill(others, 0), self.weight)
+        return self.tp.leave(rows.masked_fill(others[..., None], 0.0))
 
 
 class Sinusoidal(nn.Module):
@@ -91,21 +121,25 @@ class Sinusoidal(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, [B S D] -> [B S D]."""
+    """Causal self-attention, [B S D] -> [B S D]; the heads are divided among the tensor parallel ranks."""
+
+    inside = True
 
     def __init__(self, config: ModelConfig, design: Design, site: Site) -> None:
         super().__init__()
-        self.site = site
+        self.site, self.tp = site, design.tp
         self.head_dim, self.interleaved = config.head_dim, config.position == "rope_interleaved"
-        heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.wq = Linear(Role.Q, config.dim, heads, config.bias)
-        self.wk = Linear(Role.K, config.dim, kv_heads, config.bias)
-        self.wv = Linear(Role.V, config.dim, kv_heads, config.bias)
-        self.wo = Linear(Role.O, heads, config.dim, config.bias)
+        dim = design.spans["dim"]
+        heads, kv_heads = (design.spans[axis] * config.head_dim for axis in ("head", "kv_head"))
+        self.wq = design.linear(Role.Q, dim, heads, config.bias)
+        self.wk = design.linear(Role.K, dim, kv_heads, config.bias)
+        self.wv = design.linear(Role.V, dim, kv_heads, config.bias)
+        self.wo = design.linear(Role.O, heads, dim, config.bias)
         self.score = design.score()
         self.slots = design.slots(site, "q", "k", "heads")
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = self.tp.enter(x)
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B S H Dh]
         q, k = self.score.normalize(q, k)
         if rotary is not None:
@@ -115,18 +149,25 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """[B S D] -> [B S D]: down(act(up x)), or down(act(gate x) · up x) for the gated activations."""
+    """[B S D] -> [B S D]: down(act(up x)), or down(act(gate x) · up x) for the gated activations.
+
+    The hidden units are divided among the tensor parallel ranks.
+    """
+
+    inside = True
 
     def __init__(self, config: ModelConfig, design: Design, site: Site) -> None:
         super().__init__()
-        self.site = site
+        self.site, self.tp = site, design.tp
         self.activation = ACTIVATIONS[config.activation]
-        self.w_gate = Linear(Role.GATE, config.dim, config.ffn_dim, config.bias) if config.gated else None
-        self.w_up = Linear(Role.UP, config.dim, config.ffn_dim, config.bias)
-        self.w_down = Linear(Role.DOWN, config.ffn_dim, config.dim, config.bias)
+        dim, hidden = design.spans["dim"], design.spans["hidden"]
+        self.w_gate = design.linear(Role.GATE, dim, hidden, config.bias) if config.gated else None
+        self.w_up = design.linear(Role.UP, dim, hidden, config.bias)
+        self.w_down = design.linear(Role.DOWN, hidden, dim, config.bias)
         self.slots = design.slots(site, *(["gate"] if config.gated else []), "up", "hidden")
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.tp.enter(x)
         hidden = self.slots["up"](self.w_up(x))
         if self.w_gate is None:
             hidden = self.activation(hidden)
@@ -156,14 +197,28 @@ class Block(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """logits [B S V], targets [B S] -> []: -ln softmax(logits)[target], in float32, summed over all targets."""
+    """logits [B S V/n], targets [B S] -> []: -ln softmax(logits)[target], in float32, summed over all targets."""
+
+    def __init__(self, vocab: Span, tp: TensorParallel) -> None:
+        super().__init__()
+        self.vocab, self.tp = vocab, tp
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.tp.cross_entropy(precise.flatten(0, 1), targets.flatten(), self.vocab)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The consecutive layers of a stack that one module holds, and whether it holds the ends of the stack."""
+
+    layers: range
+    first: bool
+    last: bool
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model, tokens [B S] -> logits [B S V].
+    """A decoder-only language model, tokens [B S] -> logits [B S V], of which tensor parallel ranks hold parts.
 
     Its parameters are unfilled until `init`. `seq_len` is the context length of training: learned and tabulated
     positions end there.
@@ -174,12 +229,14 @@ class Transformer(nn.Module):
         config: ModelConfig,
         seq_len: int,
         scheme: Scheme,
-        norm: MakeNorm,
+        norm: Callable[[Span, TensorParallel], nn.Module],
         score: Callable[[Heads], Softmax],
+        tp: TensorParallel | None = None,
     ) -> None:
         super().__init__()
         self.config, self.scheme = config, scheme
-        heads = Heads(config.n_heads, config.n_kv_heads, config.head_dim, seq_len, config.norm_eps)
+        self.part = Part(range(config.n_layers), first=True, last=True)
+        self.tp = tp = tp or TensorParallel()
         sizes: dict[Axis, int] = {
             "dim": config.dim,
             "head": config.n_heads,
@@ -188,54 +245,139 @@ class Transformer(nn.Module):
             "hidden": config.ffn_dim,
             "vocab": config.vocab_size,
         }
-        design = Design(scheme, norm, partial(score, heads), sizes)
+        spans = {axis: tp.span(axis, size) for axis, size in sizes.items()}
+        heads = Heads(spans["head"], spans["kv_head"], config.head_dim, seq_len, config.norm_eps, tp)
+        design = Design(scheme, lambda width: norm(width, tp), partial(score, heads), spans, tp)
         ends = Site(0, config.n_layers, "stack", config.dim)
 
-        self.embed = Embedding(config.vocab_size, config.dim)
+        self.embed: Embedding | None = Embedding(spans["vocab"], spans["dim"], tp)
         self.position: Embedding | Sinusoidal | None = None
         self.rotary: Rotary | None = None
         match config.position:
             case "learned":
-                self.position = Embedding(seq_len, config.dim)
+                self.position = Embedding(Span.whole(seq_len), spans["dim"], tp)
             case "sinusoidal":
                 self.position = Sinusoidal(seq_len, config.dim)
             case "rope" | "rope_interleaved" as kind:
                 self.rotary = Rotary(config.head_dim, seq_len, config.rope_base, kind == "rope_interleaved")
-        self.stem = design.slot(ends, "embed")
+        self.stem: nn.Module | None = design.slot(ends, "embed")
         # Keyed by the layer's number in the whole model, so that a part of the stack keeps its names.
         self.blocks = nn.ModuleDict({str(l): Block(config, design, l) for l in range(config.n_layers)})
-        self.final = design.slot(ends, "final")
-        self.head = None if config.tied else Linear(Role.HEAD, config.dim, config.vocab_size, bias=False)
-        self.logits = design.slot(ends, "logits")
-        self.cross_entropy = CrossEntropy()
+        self.final: nn.Module | None = design.slot(ends, "final")
+        self.head = None if config.tied else design.linear(Role.HEAD, spans["dim"], spans["vocab"], bias=False)
+        self.logits: nn.Module | None = design.slot(ends, "logits")
+        self.logits.inside = True  # type: ignore[assignment]
+        self.cross_entropy = CrossEntropy(spans["vocab"], tp)
         self.call_block: Callable[..., tuple[Tensor, Tensor | None]] = lambda block, *args: block(*args)
+        # An attribute, not an argument: what wraps a model copies its arguments, lists among them.
+        self.signals: list[Tensor] | None = None
+        self.precision = "fp32"
 
-    def forward(self, tokens: Tensor, signals: list[Tensor] | None = None) -> Tensor:
-        """tokens [B S] -> logits [B S V]. `signals`, when given, receives the RMS [L 2 3] of `Block.forward`."""
-        seq_len = tokens.shape[1]
-        x = self.embed(tokens)
-        if self.position is not None:
-            x = x + self.position(torch.arange(seq_len, device=tokens.device)).to(x.dtype)
+    def keep(self, part: Part) -> None:
+        """Drops everything but a part of the stack; a tied table stays at both ends."""
+        self.part = part
+        for layer in set(self.blocks) - {str(l) for l in part.layers}:
+            del self.blocks[layer]
+        if not part.first:
+            self.position = self.stem = None
+            if not (part.last and self.config.tied):
+                self.embed = None
+        if not part.last:
+            self.final = self.head = self.logits = None
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """tokens [B S] -> logits [B S V/n] or, with targets [B S], their summed cross-entropy [].
+
+        A part without the first layers takes the stream [B S D] instead, one without the last gives the stream.
+        `signals`, unless None, receives the RMS [L 2 3] of `Block.forward`.
+        """
+        with autocast(self.precision, x.device):
+            return self._forward(x, targets)
+
+    def _forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        seq_len = x.shape[1]
+        if self.part.first:
+            x = self._embedded(x)
+        elif self.tp.sequence:
+            seq_len *= self.tp.size
         rotary = None if self.rotary is None else self.rotary(seq_len)
-        x = self.stem(x)
         recorded: list[Tensor] = []
         for block in self.blocks.values():
-            x, signal = self.call_block(block, x, rotary, signals is not None)
+            x, signal = self.call_block(block, x, rotary, self.signals is not None)
             if signal is not None:
                 recorded.append(signal)
-        if signals is not None:
-            signals.append(torch.stack(recorded))
-        x = self.final(x)
-        return self.logits(F.linear(x, self.embed.weight) if self.head is None else self.head(x))
+        if self.signals is not None:
+            self.signals.append(torch.stack(recorded) if recorded else x.new_empty(0, 2, 3))
+        if not self.part.last:
+            return x
+        logits = self._logits(x)
+        return logits if targets is None else self.cross_entropy(logits, targets)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """[B S] -> [B S D]."""
+        assert self.embed is not None and self.stem is not None
+        x = self.embed(tokens)
+        if self.position is not None:
+            here = self.tp.positions(tokens.shape[1])
+            x = x + self.position(torch.arange(here.start, here.stop, device=tokens.device)).to(x.dtype)
+        return self.stem(x)  # type: ignore[no-any-return]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """[B S D] -> [B S V/n]."""
+        assert self.final is not None and self.logits is not None
+        x = self.tp.enter(self.final(x))
+        if self.head is None:
+            assert self.embed is not None
+            return self.logits(F.linear(x, self.embed.weight))  # type: ignore[no-any-return]
+        return self.logits(self.head(x))  # type: ignore[no-any-return]
 
 
-def weights(
-    module: nn.Module, prefix: str = "", site: Site | None = None
-) -> Iterator[tuple[str, nn.Parameter, Weight]]:
-    """Every parameter exactly once, with its canonical name and what the rules need to know of it."""
-    site = getattr(module, "site", site)
-    roles: Mapping[str, Role] = getattr(module, "roles", {})
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds of a parameter: `tensor`, a plain tensor that shares the parameter's memory.
+
+    `spans` says which part of the whole it is, dim by dim; `divided`, whether tensor parallelism cuts it. One that
+    is `inside` a sublayer, where the tensor parallel ranks compute different things, has on each of them a
+    gradient of its own, even where all hold the whole of it.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    tensor: Tensor
+    weight: Weight
+    spans: tuple[Span, ...]
+    divided: bool
+    inside: bool
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """The part that the rank holds of a whole parameter, a view."""
+        return whole[tuple(slice(span.start, span.stop) for span in self.spans)]
+
+
+def held(module: nn.Module, prefix: str = "", site: Site | None = None, inside: bool = False) -> Iterator[Held]:
+    """Every parameter exactly once, under its canonical name."""
+    site, inside = getattr(module, "site", site), getattr(module, "inside", inside)
     for name, parameter in module.named_parameters(recurse=False):
-        yield prefix + name, parameter, Weight(roles[name], tuple(parameter.shape), site)
+        spans: tuple[Span, ...] = module.spans[name]  # type: ignore[index]
+        weight = Weight(module.roles[name], tuple(span.full for span in spans), site)  # type: ignore[index]
+        divided = not all(span.is_whole for span in spans)
+        tensor = parameter.detach()
+        if isinstance(tensor, DTensor):
+            spans = (_shard(tensor, spans[0]), *spans[1:])
+            tensor = tensor.to_local()
+        yield Held(prefix + name, parameter, tensor, weight, spans, divided, inside)
     for name, child in module.named_children():
-        yield from weights(child, f"{prefix}{name}.", site)
+        yield from held(child, f"{prefix}{name}.", site, inside)
+
+
+def _shard(parameter: DTensor, rows: Span) -> Span:
+    """This rank's rows of a parameter that FSDP2 divides, as it does, into chunks of equal length but for the end."""
+    mesh = parameter.device_mesh
+    chunk = -(-len(rows) // mesh.size(-1))
+    start = min(rows.start + mesh.get_local_rank(mesh.ndim - 1) * chunk, rows.stop)
+    return Span(start, min(start + chunk, rows.stop), rows.full)
+
+
+def weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Weight]]:
+    """Every parameter exactly once, with its canonical name and what the rules need to know of it."""
+    return ((h.name, h.parameter, h.weight) for h in held(module))

@@ -10,21 +10,14 @@ import torch
 
 
 def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def refuse_many_processes() -> None:
-    """Errors: ValueError under a launcher that started several ranks: each would write the same run."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        raise ValueError(
-            f"expected one process, but the launcher started {ranks} (WORLD_SIZE={ranks}); start one, for example "
-            "`nlm train CONFIG`: this version trains in a single process"
-        )
+    """The GPU of this rank's number on its host (LOCAL_RANK), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """The context in which a forward runs: bf16 matrix products over fp32 weights, or plain fp32."""
+    """The context in which a forward runs: bf16 matrix products over fp32 weights, or the weights' own precision."""
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()

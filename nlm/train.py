@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from math import isfinite
+from contextlib import nullcontext
+from math import isfinite, prod
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nlm.build import build_model
+from nlm.build import build_engine
 from nlm.checkpoint import checkpoints, refuse_changed_model, resume, save_checkpoint, saved_step
 from nlm.config import Config
 from nlm.data import Batches, TokenShard, validation_batches
-from nlm.evaluate.loss import mean_loss, summed_loss
+from nlm.evaluate.loss import mean_loss
+from nlm.mesh import Mesh
 from nlm.metrics import Log
-from nlm.model import weights
-from nlm.optim import adamw, clip_gradients, learning_rate, projection
-from nlm.parallel.compile import compile_model
-from nlm.parallel.recompute import recompute_blocks
-from nlm.runtime import autocast, keep_freed_memory, peak_memory_gib, pick_device, refuse_many_processes
+from nlm.optim import learning_rate
+from nlm.parallel.engine import Engine
+from nlm.parallel.launch import process_group
+from nlm.runtime import keep_freed_memory, peak_memory_gib, pick_device
 from nlm.statistics.record import LayerStatistics
 
 
@@ -30,71 +31,73 @@ def train(config: Config) -> Path:
     Errors: ValueError before anything is allocated, for data or a checkpoint that does not fit the config;
     FloatingPointError when a logged step finds a loss or gradient that is not finite.
     """
-    refuse_many_processes()
+    device = pick_device()
+    with process_group(config, device):
+        return _train(config, Mesh(config.parallel, device))
+
+
+def _train(config: Config, mesh: Mesh) -> Path:
     run = Path(config.log.dir)
     corpus = Corpus(config)
     latest = checkpoints(run)[-1:]
     for checkpoint in latest:
         refuse_changed_model(checkpoint, config)
         if (done := saved_step(checkpoint)) >= config.train.steps:
-            print(f"{run}: already trained, {done} steps; nothing to do")
+            if mesh.speaks:
+                print(f"{run}: already trained, {done} steps; nothing to do")
             return run
 
-    device, precision = pick_device(), config.train.precision
-    optim, steps = config.optim, config.train.steps
+    steps = config.train.steps
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
-    model = build_model(config, device=device)
-    parameters = [parameter for _, parameter, _ in weights(model)]
-    optimizer = adamw(model, optim)
-    project = projection(model)
-    start = resume(latest[0], model, optimizer) if latest else 0
-    statistics = LayerStatistics(model) if config.statistics.enabled else None
-    if config.parallel.recompute == "block":
-        recompute_blocks(model)
-    if config.parallel.compile:
-        compile_model(model)
+    engine = build_engine(config, mesh)
+    start = resume(latest[0], engine) if latest else 0
+    statistics = LayerStatistics(engine.pieces, config.model.n_layers) if config.statistics.enabled else None
 
-    with Log(run, config, start) as log:
-        n_parameters = sum(parameter.numel() for parameter in parameters)
-        log.say(f"{n_parameters:,} parameters in {config.model.n_layers} layers on {device}")
-        if start:
-            log.say(f"resuming after step {start}")
+    with Log(run, config, start) if mesh.speaks else nullcontext() as log:
+        if log:
+            log.say(_greeting(engine, mesh))
+            if start:
+                log.say(f"resuming after step {start}")
         clock = Clock(config.train.batch_tokens)
         for step in range(start + 1, steps + 1):
             evaluates, saves = due(step, steps, config.evaluate.every), due(step, steps, config.checkpoint.every)
             logs = due(step, steps, config.log.every) or step == 1 or evaluates or saves
-            signals: list[Tensor] | None = [] if logs and statistics else None
+            records = logs and statistics is not None
 
-            loss = torch.zeros((), device=device)
-            for rows in corpus.microbatches(step, device):
-                with autocast(precision, device):
-                    part = summed_loss(model, rows, signals) / config.train.batch_tokens
-                part.backward()
-                loss += part.detach()
-            grad_norm, grad_norms = clip_gradients(parameters, optim.clip)
-            lr = set_learning_rate(optimizer, learning_rate(optim, step, steps))
-            if signals is not None and statistics:
+            engine.record(records)
+            loss = engine.forward_backward(corpus.rows(step, mesh))
+            grad_norm, grad_norms = engine.clip()
+            if records:
                 statistics.before_update()
-            optimizer.step()
-            project()
-            optimizer.zero_grad()
+            lr = learning_rate(config.optim, step, steps)
+            engine.update(lr)
 
             clock.count()
             if not logs:
-                log.advance(step)
+                if log:
+                    log.advance(step)
                 continue
-            vectors = statistics.vectors(signals, grad_norms) if signals is not None and statistics else None
-            scalars = {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr, **clock.read()}
-            scalars["peak_memory_gib"] = peak_memory_gib(device)
+            vectors = statistics.vectors(engine.signals(), grad_norms) if records else None
+            engine.record(False)
+            scalars = {"loss": engine.total(loss).item(), "grad_norm": grad_norm.item(), "lr": lr, **clock.read()}
+            scalars["peak_memory_gib"] = peak_memory_gib(mesh.device)
             if evaluates and corpus.validation is not None:
-                scalars["validation_loss"] = mean_loss(model, corpus.validation_batches(), device, precision)
-            log.write(step, scalars, vectors)
+                scalars["validation_loss"] = mean_loss(engine, corpus.validation_batches())
+            if log:
+                log.write(step, scalars, vectors)
             require_finite(step, scalars, vectors)
             if saves:
-                save_checkpoint(run, step, model, optimizer, config)
+                save_checkpoint(run, step, engine)
             clock.restart()
     return run
+
+
+def _greeting(engine: Engine, mesh: Mesh) -> str:
+    n_parameters = sum(prod(weight.shape) for weight in engine.pieces.weights.values())
+    ranks = [f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1]
+    layout = f"{mesh.device.type} x " + " x ".join(ranks) if ranks else f"{mesh.device}"
+    return f"{n_parameters:,} parameters in {engine.config.model.n_layers} layers on {layout}"
 
 
 class Corpus:
@@ -113,11 +116,10 @@ class Corpus:
             self.validation = _open("data.validation", config.data.validation, config.model.vocab_size)
             self.validation_batches()
 
-    def microbatches(self, step: int, device: torch.device) -> Iterator[Tensor]:
-        """Rows [B/microbatches S+1] of `step` (1, 2, …)."""
-        rows = torch.from_numpy(self.train.batch(step - 1))
-        for part in rows.chunk(self.config.parallel.microbatches):
-            yield part.to(device, non_blocking=True)
+    def rows(self, step: int, mesh: Mesh) -> Tensor:
+        """This rank's rows [B S+1] of the batch of `step` (1, 2, …)."""
+        rows = torch.from_numpy(self.train.batch(step - 1, mesh.data_rank, mesh.data_size))
+        return rows.to(mesh.device, non_blocking=True)
 
     def validation_batches(self) -> Iterator[NDArray[np.int64]]:
         assert self.validation is not None, "there is no validation data"
@@ -157,12 +159,6 @@ class Clock:
     def read(self) -> dict[str, float]:
         step_s = (time.perf_counter() - self.began) / self.steps
         return {"step_s": step_s, "tokens_s": self.batch_tokens / step_s}
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_multiplier"]
-    return lr
 
 
 def require_finite(step: int, scalars: Mapping[str, float], vectors: Mapping[str, np.ndarray] | None) -> None:

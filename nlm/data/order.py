@@ -74,9 +74,10 @@ class Batches:
         self.batch_rows = batch_rows
         self.seed = seed
 
-    def batch(self, step: int) -> NDArray[np.int64]:
-        """[batch_rows, seq_len+1] of this step."""
-        epochs, places = np.divmod(step * self.batch_rows + np.arange(self.batch_rows), self.n_samples)
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> NDArray[np.int64]:
+        """[batch_rows/parts, seq_len+1]: one of the equal parts of this step's batch."""
+        rows = np.arange(self.batch_rows * part // parts, self.batch_rows * (part + 1) // parts)
+        epochs, places = np.divmod(step * self.batch_rows + rows, self.n_samples)
         samples = np.empty_like(places)
         for epoch in np.unique(epochs):
             inside = epochs == epoch

@@ -3,25 +3,26 @@
 from collections import defaultdict
 
 import torch
+from torch import Tensor
 
 from nlm.anatomy import Group
 from nlm.config import OptimConfig
-from nlm.model import Transformer, weights
+from nlm.parallel.pieces import Pieces
 
 
-def adamw(model: Transformer, config: OptimConfig) -> torch.optim.AdamW:
+def adamw(pieces: Pieces, config: OptimConfig) -> torch.optim.AdamW:
     """One parameter group for each Group; `lr_multiplier` in a group scales the scheduled learning rate."""
-    groups: dict[Group, list[torch.nn.Parameter]] = defaultdict(list)
-    for _, parameter, weight in weights(model):
-        groups[model.scheme.group(weight)].append(parameter)
+    groups: dict[Group, list[Tensor]] = defaultdict(list)
+    for h in pieces.held:
+        groups[pieces.scheme.group(h.weight)].append(h.tensor)
     return torch.optim.AdamW(
         [
             {
-                "params": parameters,
+                "params": tensors,
                 "lr_multiplier": group.lr,
                 "weight_decay": config.weight_decay * group.weight_decay,
             }
-            for group, parameters in groups.items()
+            for group, tensors in groups.items()
         ],
         lr=config.lr,
         betas=config.betas,

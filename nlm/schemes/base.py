@@ -19,7 +19,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Learned:
-    """A learned vector over logical axes (`()` is a scalar), with the value `init` everywhere at the start.
+    """A learned vector over logical axes (`()`: one number, [1]), with the value `init` everywhere at the start.
 
     `stored` is the number that the parameter itself starts at when it differs from `init`: the equation then
     sees parameter · init / stored, so that the relative step of an adaptive optimizer is lr / stored

@@ -2,41 +2,50 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from math import prod
-
 import torch
 from torch import Tensor, nn
 
-from nlm.anatomy import Axis, Role, Site
+from nlm.anatomy import Axis, Role, Site, Span
 from nlm.schemes.base import Branch, Equation, Fixed, Learned, Norm
 
-MakeNorm = Callable[[int], nn.Module]
+MakeNorm = Callable[[Span], nn.Module]
 """width -> the configured norm layer."""
+Spans = Mapping[Axis, Span]
+"""What this rank holds of each logical axis."""
+
+
+def flat(axes: tuple[Axis, ...], spans: Spans) -> Span:
+    """The axes, of which only the first may be cut, as one."""
+    first, *inner = (spans[axis] for axis in axes)
+    for span in inner:
+        assert span.is_whole, f"{axes} is cut along an inner axis"
+        first *= span.full
+    return first
 
 
 class EquationModule(nn.Module):
     """function(x, …, **parts) with every part materialized under its own name.
 
-    `sizes` gives the length of each logical axis, `place` the axes of the tensor that the equation acts on.
+    `place` are the axes of the tensor that the equation acts on.
     """
 
-    def __init__(
-        self, equation: Equation, sizes: Mapping[Axis, int], place: tuple[Axis, ...], make_norm: MakeNorm
-    ) -> None:
+    def __init__(self, equation: Equation, spans: Spans, place: tuple[Axis, ...], make_norm: MakeNorm) -> None:
         super().__init__()
         self.function = equation.function
         self.names = tuple(equation.parts)
         self.roles: dict[str, Role] = {}
+        self.spans: dict[str, tuple[Span, ...]] = {}
         self.initial: dict[str, float] = {}
         self.rescaled: tuple[str, ...] = ()
         for name, part in equation.parts.items():
             match part:
                 case Norm():
-                    self.add_module(name, make_norm(prod(sizes[axis] for axis in place)))
+                    self.add_module(name, make_norm(flat(place, spans)))
                 case Fixed(value):
                     self._constant(name, value)
                 case Learned(axes, init, stored):
-                    self.register_parameter(name, nn.Parameter(torch.empty([sizes[axis] for axis in axes])))
+                    self.spans[name] = tuple(spans[axis] for axis in axes) or (Span.whole(1),)
+                    self.register_parameter(name, nn.Parameter(torch.empty([len(span) for span in self.spans[name]])))
                     self.roles[name] = Role.SCALE
                     self.initial[name] = init if stored is None else stored
                     if stored is not None:
@@ -86,5 +95,6 @@ def _recorded(branch: Branch, signals: list[Tensor], x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rms(x: Tensor) -> Tensor:
-    """[…] -> []: root mean square of all elements, in float32."""
-    return torch.linalg.vector_norm(x, dtype=torch.float32) * x.numel() ** -0.5
+    """[…] -> []: root mean square of all elements, in float32 or more."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dtype=dtype) * x.numel() ** -0.5

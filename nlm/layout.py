@@ -1,0 +1,107 @@
+"""Which layouts a model can be trained in: everything that stands against one, each with what to type instead."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nlm.config import Config
+
+V_SCHEDULES = {"zbv", "dualpipev"}
+"""Schedules that place weight gradients on their own; each rank holds two stages, which form a V."""
+
+
+def layout_problems(config: "Config") -> Iterator[str]:
+    """One line a problem of a config that is otherwise valid; none for a layout that can work."""
+    yield from _tensor(config)
+    yield from _pipeline(config)
+    yield from _data(config)
+    if config.parallel.engine == "deepspeed":
+        yield from _deepspeed(config)
+
+
+def _tensor(config: "Config") -> Iterator[str]:
+    parallel, model = config.parallel, config.model
+    if parallel.tp == 1:
+        if parallel.sequence_parallel:
+            yield "parallel.sequence_parallel: divides the stream among tensor parallel ranks; set parallel.tp > 1"
+        return
+    for key in ("n_heads", "n_kv_heads", "ffn_dim"):
+        if (size := getattr(model, key)) % parallel.tp:
+            fits = [n for n in range(1, size + 1) if size % n == 0 and model.n_kv_heads % n == 0]
+            yield (
+                f"parallel.tp: expected a divisor of model.{key} = {size} (for all of this model's heads: one of "
+                f"{fits}), got {parallel.tp}"
+            )
+    if model.vocab_size < parallel.tp:
+        yield f"parallel.tp: expected at most model.vocab_size = {model.vocab_size}, got {parallel.tp}"
+    if parallel.sequence_parallel and config.train.seq_len % parallel.tp:
+        yield (
+            f"train.seq_len: expected a multiple of parallel.tp = {parallel.tp} under sequence_parallel, "
+            f"got {config.train.seq_len}"
+        )
+
+
+def _pipeline(config: "Config") -> Iterator[str]:
+    parallel, n_layers = config.parallel, config.model.n_layers
+    if parallel.stages_per_rank is not None and parallel.schedule != "interleaved":
+        yield f"parallel.stages_per_rank: only the interleaved schedule has a choice, not {parallel.schedule!r}; remove it"
+    if parallel.pp == 1:
+        if parallel.schedule != "1f1b":
+            yield f"parallel.schedule: {parallel.schedule!r} is a schedule of pipelines; set parallel.pp > 1 or remove it"
+        return
+    if parallel.n_stages > n_layers:
+        yield (
+            f"parallel.pp: {parallel.pp} ranks under {parallel.schedule!r} make {parallel.n_stages} stages, but there "
+            f"are {n_layers} layers; lower parallel.pp"
+        )
+    if parallel.microbatches < parallel.n_stages:
+        yield (
+            f"parallel.microbatches: expected at least one for each of the {parallel.n_stages} stages of "
+            f"{parallel.schedule!r} over {parallel.pp} ranks, got {parallel.microbatches}"
+        )
+    elif parallel.schedule == "interleaved" and parallel.microbatches % parallel.pp:
+        yield (
+            f"parallel.microbatches: the interleaved schedule goes in rounds of parallel.pp = {parallel.pp}; expected "
+            f"a multiple of it, got {parallel.microbatches}"
+        )
+    if parallel.schedule in V_SCHEDULES and parallel.compile:
+        yield (
+            f"parallel.compile: {parallel.schedule!r} puts weight gradients off, which a compiled backward computes at "
+            "once; set compile = false or schedule = '1f1b'"
+        )
+
+
+def _data(config: "Config") -> Iterator[str]:
+    parallel = config.parallel
+    torch_sharded = parallel.engine == "torch" and parallel.dp_shard > 1
+    if not torch_sharded:
+        for key in ("blocks_per_unit", "reshard"):
+            if getattr(parallel, key) != type(parallel).model_fields[key].default:
+                yield f"parallel.{key}: is of FSDP2, which engine = 'torch' with dp_shard > 1 uses; remove it"
+    if parallel.engine == "torch":
+        for key in ("zero", "offload"):
+            if getattr(parallel, key) != type(parallel).model_fields[key].default:
+                yield f"parallel.{key}: is DeepSpeed's; set parallel.engine = 'deepspeed' or use dp_shard"
+
+
+def _deepspeed(config: "Config") -> Iterator[str]:
+    parallel = config.parallel
+    zero = parallel.zero or 0
+    if parallel.pp > 1:
+        yield (
+            "parallel.pp: under DeepSpeed a pipeline is a model of its own kind (PipelineModule), which ZeRO 2 and 3 "
+            "refuse; set pp = 1, or engine = 'torch', which pipelines with dp_shard"
+        )
+    if parallel.tp > 1:
+        yield (
+            "parallel.tp: ZeRO has reduced and divided the gradients before those that tensor parallel ranks share can "
+            "be summed; set tp = 1, or engine = 'torch', which combines tp with dp_shard"
+        )
+    if config.train.precision == "fp64":
+        yield "train.precision: DeepSpeed's optimizers keep float32; set fp32 or bf16"
+    if zero == 0 and parallel.dp_shard > 1:
+        yield "parallel.dp_shard: ZeRO 0 replicates; set parallel.zero = 1, 2 or 3, or dp_replicate in its place"
+    if zero > 0 and parallel.dp_replicate > 1:
+        yield f"parallel.dp_replicate: ZeRO {zero} divides over dp_shard; put all data parallel ranks there"
+    if parallel.offload and zero != 3:
+        yield f"parallel.offload: is for parallel.zero = 3, got {zero}"

@@ -1,0 +1,122 @@
+"""What drives the model through a step: forward and backward over the microbatches, and the update."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nlm.anatomy import Weight
+from nlm.config import Config
+from nlm.mesh import Mesh
+from nlm.model import Transformer
+from nlm.optim import adamw, clip_gradients, projection
+from nlm.parallel.pieces import Pieces
+
+
+class Engine(ABC):
+    """Drives this rank's parts of the stack, `models`, in step with the other ranks.
+
+    A data parallel engine averages gradients over its ranks; each rank's loss is therefore scaled up by their
+    number, so that what comes out is the gradient of the mean over all targets of the batch.
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, models: Sequence[Transformer], weights: Mapping[str, Weight]
+    ) -> None:
+        self.config, self.mesh, self.models = config, mesh, models
+        self.microbatches = config.parallel.microbatches
+        self.scale = mesh.data_size / config.train.batch_tokens
+        for model in models:
+            model.precision = config.train.precision
+        self.pieces = Pieces(models, mesh, weights)
+        self.optimizer = adamw(self.pieces, config.optim)
+        self._project = projection(self.pieces)
+
+    @abstractmethod
+    def forward_backward(self, rows: Tensor) -> Tensor:
+        """This rank's rows of a batch [B S+1] -> [], its share of the mean loss; the gradients are in place after."""
+
+    @abstractmethod
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows [B S+1] -> [], their summed loss where the last layers are, 0 elsewhere."""
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Rows [B S+1], the same on all ranks -> [], their summed loss, likewise."""
+        divides = len(rows) % self.mesh.data_size == 0
+        mine = rows.chunk(self.mesh.data_size)[self.mesh.data_rank] if divides else rows
+        return self.total(self.forward(mine.to(self.mesh.device)) / (1 if divides else self.mesh.data_size))
+
+    def total(self, share: Tensor) -> Tensor:
+        """[] -> []: the sum over all ranks, in float64; tensor parallel ranks all have the same share."""
+        share = share.double() if self.mesh.tp.rank == 0 else torch.zeros_like(share, dtype=torch.float64)
+        return self.mesh.sum(share)
+
+    def record(self, on: bool) -> None:
+        """Whether the steps to come record the RMS of the stream."""
+        for model in self.models:
+            model.signals = [] if on else None
+
+    def signals(self) -> Tensor:
+        """What a recorded step has seen, over all microbatches and ranks -> RMS [L 2 3]."""
+        tp, n_layers = self.mesh.tp, self.config.model.n_layers
+        squares = torch.zeros(n_layers, 2, 3, dtype=torch.float64, device=self.mesh.device)
+        if tp.sequence or tp.rank == 0:
+            for model in self.models:
+                assert model.signals, "the step was not recorded"
+                layers = model.part.layers
+                squares[layers.start : layers.stop] = torch.stack(model.signals).double().square().sum(0)
+        parts = self.microbatches * self.mesh.data_size * (tp.size if tp.sequence else 1)
+        return (self.mesh.sum(squares) / parts).sqrt()
+
+    def clip(self) -> tuple[Tensor, Tensor]:
+        """-> the gradient's global norm [] and the norms of all parameters' gradients [P], before clipping."""
+        return clip_gradients(self.pieces, self.config.optim.clip)
+
+    def update(self, lr: float) -> None:
+        """One optimizer step at the learning rate `lr`, after which the gradients are gone."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_multiplier"]
+        for tensor, gradient in zip(self.pieces.tensors, self.pieces.gradients(), strict=True):
+            tensor.grad = gradient
+        self.optimizer.step()
+        self._project()
+        self.optimizer.zero_grad()
+        for h in self.pieces.held:
+            h.parameter.grad = None
+
+
+class WholeEngine(Engine):
+    """The whole stack on every rank: alone, or under DDP, FSDP2 or HSDP, with tensor parallelism or without."""
+
+    def __init__(self, config: Config, mesh: Mesh, model: Transformer, weights: Mapping[str, Weight]) -> None:
+        super().__init__(config, mesh, [model], weights)
+        self.model: torch.nn.Module = model
+        if (group := mesh.group("dp_replicate")) and not isinstance(model, FSDPModule):
+            self.model = DistributedDataParallel(
+                model, process_group=group, gradient_as_bucket_view=True, init_sync=False
+            )
+
+    def forward_backward(self, rows: Tensor) -> Tensor:
+        loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for i, part in enumerate(rows.chunk(self.microbatches)):
+            with self._communicate(last=i + 1 == self.microbatches):
+                summed = self.model(part[:, :-1], part[:, 1:])
+                (summed * self.scale).backward()
+            loss += summed.detach()
+        return loss / self.config.train.batch_tokens
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.models[0](rows[:, :-1], rows[:, 1:])  # type: ignore[no-any-return]
+
+    def _communicate(self, last: bool) -> AbstractContextManager[object]:
+        """Gradients are reduced once a step, in the last microbatch's backward."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_is_last_backward(last)
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return nullcontext()

@@ -1,0 +1,135 @@
+"""What the ranks hold of the parameters, as plain tensors, and what only all of them together know of them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from nlm.anatomy import Weight
+from nlm.mesh import Mesh
+from nlm.model import Transformer, held
+
+T = TypeVar("T")
+BUCKET_ELEMENTS = 2**23
+"""How much one collective carries: enough that its latency does not matter, little beside a model."""
+
+
+class Pieces:
+    """This rank's pieces of the parameters of `models`, its parts of the stack.
+
+    Optimizer, clipping, projection, statistics and checkpoints work on them, so that none needs to know the layout.
+    `weights` has the parameters of the whole model, in its order; vectors [P] follow it.
+    """
+
+    def __init__(
+        self, models: Sequence[Transformer], mesh: Mesh | None = None, weights: Mapping[str, Weight] | None = None
+    ) -> None:
+        self.mesh, self.scheme = mesh or Mesh(), models[0].scheme
+        self.held = [h for model in models for h in held(model)]
+        self.weights = weights or {h.name: h.weight for h in self.held}
+        self.tensors = [h.tensor for h in self.held]
+        sizes, tp = self.mesh.sizes, self.mesh.tp
+        # A tied table stands at both ends of a pipeline: one parameter, held twice and counted once.
+        ends = [i for i, h in enumerate(self.held) if h.name == "embed.weight"]
+        self._tied = ends if sizes["pp"] > 1 and models[0].config.tied else []
+        again = self._tied[1:] if models[0].part.first else self._tied
+        self._partial = [
+            i for i, h in enumerate(self.held) if tp.size > 1 and not h.divided and (h.inside or tp.sequence)
+        ]
+        self._average = list(range(len(self.held))) if sizes["pp"] > 1 and sizes["dp_shard"] == 1 else []
+        self.counted = [
+            i
+            for i, h in enumerate(self.held)
+            if i not in again and self.mesh.rank("dp_replicate") == 0 and (h.divided or tp.rank == 0)
+        ]
+        """Which pieces this rank stands for, so that the ranks together have everything once."""
+        order = {name: i for i, name in enumerate(self.weights)}
+        places = [order[self.held[i].name] for i in self.counted]
+        self._places = torch.tensor(places, dtype=torch.int64, device=self.mesh.device)
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the pieces, plain tensors that share their memory."""
+        gradients = []
+        for h in self.held:
+            gradient = h.parameter.grad
+            assert gradient is not None, f"{h.name} has no gradient"
+            # The attribute: `to_local` costs a hundred times more, which counts with thousands of parameters.
+            gradients.append(gradient._local_tensor if isinstance(gradient, DTensor) else gradient)
+        return gradients
+
+    def reduce_gradients(self) -> list[Tensor]:
+        """After the last backward of a step: completes what the data parallel engine does not -> the gradients."""
+        gradients = self.gradients()
+        if group := self.mesh.group("dp_replicate"):
+            _all_reduce([gradients[i] for i in self._average], group, 1 / group.size())
+        if self._tied:
+            self._sum_tied([gradients[i] for i in self._tied])
+        if group := self.mesh.group("tp"):
+            _all_reduce([gradients[i] for i in self._partial], group)
+        return gradients
+
+    def _sum_tied(self, gradients: list[Tensor]) -> None:
+        first, *others = gradients
+        for other in others:
+            first += other
+        if self.mesh.ends is not None and not others:
+            dist.all_reduce(first, group=self.mesh.ends)
+        for other in others:
+            other.copy_(first)
+
+    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors, one a piece -> [P], their norms over the whole parameters, in float64, the same on every rank.
+
+        Squares of vanishing gradients leave float32's range, hence float64.
+        """
+        squares = torch.zeros(len(self.weights), dtype=torch.float64, device=self.mesh.device)
+        if self.counted:
+            norms = torch._foreach_norm([tensors[i] for i in self.counted])
+            squares[self._places] = torch.stack(norms).double().square()
+        return self.mesh.sum(squares).sqrt()
+
+    def gather(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Tensors, one a piece -> the whole ones by name, in CPU memory of the rank that speaks; {} elsewhere."""
+        if self.mesh.device_mesh is None:
+            return {h.name: tensor for h, tensor in zip(self.held, tensors, strict=True)}
+        ours = {self.held[i].name: i for i in self.counted}
+        gathered: dict[str, Tensor] = {}
+        for bucket in _buckets(list(self.weights.items()), lambda entry: prod(entry[1].shape)):
+            sizes = [prod(weight.shape) for _, weight in bucket]
+            flat = torch.zeros(sum(sizes), dtype=tensors[0].dtype, device=self.mesh.device)
+            wholes = [f.view(weight.shape) for f, (_, weight) in zip(flat.split(sizes), bucket, strict=True)]
+            for whole, (name, _) in zip(wholes, bucket, strict=True):
+                if name in ours:
+                    self.held[ours[name]].part_of(whole).copy_(tensors[ours[name]])
+            dist.reduce(flat, 0)
+            if self.mesh.speaks:
+                gathered |= {name: whole.cpu() for whole, (name, _) in zip(wholes, bucket, strict=True)}
+        return gathered
+
+
+def _all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup, factor: float = 1.0) -> None:
+    """In place: the sum over the ranks times `factor`, in few collectives."""
+    for bucket in _buckets(tensors, Tensor.numel):
+        flat = torch.cat([t.flatten() for t in bucket])
+        dist.all_reduce(flat, group=group)
+        flat *= factor
+        parts = flat.split([t.numel() for t in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
+
+
+def _buckets(items: Sequence[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items in order, in runs just large enough to fill a collective."""
+    bucket: list[T] = []
+    filled = 0
+    for item in items:
+        bucket.append(item)
+        filled += size(item)
+        if filled >= BUCKET_ELEMENTS:
+            yield bucket
+            bucket, filled = [], 0
+    if bucket:
+        yield bucket

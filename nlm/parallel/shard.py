@@ -1,0 +1,29 @@
+"""Sharding parameters, gradients and optimizer state over data parallel ranks: FSDP2, and HSDP on a 2-D mesh."""
+
+from math import ceil
+
+from torch.distributed.fsdp import fully_shard
+
+from nlm.config import ParallelConfig
+from nlm.mesh import Mesh
+from nlm.model import Transformer
+
+UNITS = 40
+"""By default the stack is gathered in about this many units: a unit's host time is a block's, whatever it holds, and
+a unit of a 40th of the stack is still small beside the shards and activations of all of it."""
+
+
+def shard(model: Transformer, parallel: ParallelConfig, mesh: Mesh) -> None:
+    """In place, before the parameters are materialized; nothing where dp_shard = 1.
+
+    Under a pipeline the parameters stay gathered through the step: every microbatch would gather them anew.
+    """
+    if mesh.device_mesh is None or mesh.sizes["dp_shard"] == 1:
+        return
+    axes = ("dp_replicate", "dp_shard") if mesh.sizes["dp_replicate"] > 1 else ("dp_shard",)
+    options = {"mesh": mesh.device_mesh[axes], "reshard_after_forward": parallel.reshard and mesh.sizes["pp"] == 1}
+    blocks = list(model.blocks.values())
+    size = parallel.blocks_per_unit or ceil(len(blocks) / UNITS)
+    for start in range(0, len(blocks), size):
+        fully_shard(blocks[start : start + size], **options)
+    fully_shard(model, **options)

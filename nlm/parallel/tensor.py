@@ -1,0 +1,161 @@
+"""Tensor parallelism on plain local tensors: the collectives where the stream meets a sublayer.
+
+Every rank of the group holds a part of the heads, of the hidden units and of the vocabulary. What reads the stream
+`enter`s it and computes with its own part; what writes the stream holds a partial sum, which `leave` completes
+(Shoeybi et al. 2019, arXiv:1909.08053, section 3). Under sequence parallelism the stream between them is divided
+along the sequence (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from nlm.anatomy import CUT_AXES, Axis, Span
+
+Group = str
+"""A process group's name: unlike the group itself, a constant that a compiled graph can hold."""
+
+
+class TensorParallel:
+    """One rank's share in the tensor parallel group; without a group, all of everything."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None, sequence: bool = False) -> None:
+        self.size = 1 if group is None else group.size()
+        self.rank = 0 if group is None else group.rank()
+        self.sequence = sequence and self.size > 1
+        self._group = "" if group is None else group.group_name
+
+    def span(self, axis: Axis, full: int) -> Span:
+        return Span.part(full, self.rank, self.size) if axis in CUT_AXES else Span.whole(full)
+
+    def positions(self, seq_len: int) -> Span:
+        """Which positions of the sequence this rank's part of the stream has."""
+        return Span.part(seq_len, self.rank, self.size) if self.sequence else Span.whole(seq_len)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The stream [B S/n D] -> [B S D], to be read by matrices that are cut along their outputs."""
+        if self.size == 1:
+            return x
+        return _Gather.apply(x, self._group, self.size) if self.sequence else _Enter.apply(x, self._group)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Partial sums [B S D] -> the stream [B S/n D]."""
+        if self.size == 1:
+            return x
+        return _Scatter.apply(x, self._group, self.size) if self.sequence else _Leave.apply(x, self._group)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """[…] -> […]: the sum over the ranks, which each of them goes on to use in its own way."""
+        return x if self.size == 1 else _Sum.apply(x, self._group)
+
+    def stack(self, x: Tensor) -> Tensor:
+        """[…] -> [n …]: what all ranks have, which each of them goes on to use in its own way."""
+        if self.size == 1:
+            return x[None]
+        rows = (0, 0) * x.dim() + (self.rank, self.size - 1 - self.rank)
+        return self.sum(F.pad(x[None], rows))
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, vocab: Span) -> Tensor:
+        """Logits [N V/n] of the tokens in `vocab`, targets [N] -> []: -ln softmax(logits)[target], summed over N.
+
+        No rank sees the others' logits: a maximum, a sum and the target's logit [N] are all that they exchange.
+        """
+        if self.size == 1:
+            return F.cross_entropy(logits, targets, reduction="sum")
+        return _CrossEntropy.apply(logits, targets - vocab.start, self._group)
+
+
+def _reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
+    y: Tensor = torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group)
+    return torch.ops._c10d_functional.wait_tensor(y)  # type: ignore[no-any-return]
+
+
+def _gather(x: Tensor, group: Group, size: int) -> Tensor:
+    """[B S/n D] -> [B S D]."""
+    y: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)  # [n·B S/n D]
+    y = torch.ops._c10d_functional.wait_tensor(y)
+    return y.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _scatter(x: Tensor, group: Group, size: int) -> Tensor:
+    """Partial sums [B S D] -> [B S/n D]."""
+    parts = x.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)  # [n·B S/n D]
+    y: Tensor = torch.ops._c10d_functional.reduce_scatter_tensor(parts.contiguous(), "sum", size, group)
+    return torch.ops._c10d_functional.wait_tensor(y)  # type: ignore[no-any-return]
+
+
+class _Enter(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce(grad, ctx.group), None
+
+
+class _Leave(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return _reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Sum(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce(grad, ctx.group), None
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, size: int) -> Tensor:
+        ctx.group, ctx.size = group, size
+        return _gather(x, group, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _scatter(grad, ctx.group, ctx.size), None, None
+
+
+class _Scatter(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, size: int) -> Tensor:
+        ctx.group, ctx.size = group, size
+        return _scatter(x, group, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.group, ctx.size), None, None
+
+
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Group) -> Tensor:
+        """`targets` count from this rank's first token; those of other ranks lie outside range(V/n)."""
+        ours = (targets >= 0) & (targets < logits.shape[1])
+        index = targets.where(ours, 0)[:, None]
+        shifted = logits - _reduce(logits.amax(1, keepdim=True), group, "max")
+        target = shifted.gather(1, index)[:, 0] * ours
+        exponentials = shifted.exp_()
+        total, target = _reduce(torch.stack([exponentials.sum(1), target]), group)
+        ctx.save_for_backward(exponentials.div_(total[:, None]), index, ours)
+        return (total.log() - target).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        softmax, index, ours = ctx.saved_tensors
+        return grad * softmax.scatter_add(1, index, -ours[:, None].to(softmax.dtype)), None, None
