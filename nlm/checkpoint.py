@@ -90,7 +90,7 @@ def resume(path: Path, engine: Engine) -> int:
             engine.optimizer.state[h.tensor] = {"step": saved.get_tensor(f"{h.name}.step")} | state
     with _open(path / "state.safetensors") as extra:
         torch.set_rng_state(extra.get_tensor("rng_cpu"))
-        if torch.cuda.is_available() and "rng_cuda" in extra.keys():
+        if torch.cuda.is_available() and "rng_cuda" in extra.keys():  # noqa: SIM118, it is no mapping
             torch.cuda.set_rng_state(extra.get_tensor("rng_cuda"))
         return int(extra.get_tensor("step"))
 

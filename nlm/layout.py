@@ -44,10 +44,10 @@ def _tensor(config: "Config") -> Iterator[str]:
 def _pipeline(config: "Config") -> Iterator[str]:
     parallel, n_layers = config.parallel, config.model.n_layers
     if parallel.stages_per_rank is not None and parallel.schedule != "interleaved":
-        yield f"parallel.stages_per_rank: only the interleaved schedule has a choice, not {parallel.schedule!r}; remove it"
+        yield f"parallel.stages_per_rank: is of the interleaved schedule, not of {parallel.schedule!r}; remove it"
     if parallel.pp == 1:
         if parallel.schedule != "1f1b":
-            yield f"parallel.schedule: {parallel.schedule!r} is a schedule of pipelines; set parallel.pp > 1 or remove it"
+            yield f"parallel.schedule: {parallel.schedule!r} is of pipelines; set parallel.pp > 1 or remove it"
         return
     if parallel.n_stages > n_layers:
         yield (

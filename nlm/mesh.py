@@ -1,4 +1,4 @@
-"""The mesh of ranks: how many stand along each axis of the layout, where this one stands, and whom it shares what with."""
+"""The mesh of ranks: how many stand along each axis of the layout, and where this one stands."""
 
 from typing import Literal
 

@@ -358,8 +358,9 @@ def held(module: nn.Module, prefix: str = "", site: Site | None = None, inside: 
     """Every parameter exactly once, under its canonical name."""
     site, inside = getattr(module, "site", site), getattr(module, "inside", inside)
     for name, parameter in module.named_parameters(recurse=False):
-        spans: tuple[Span, ...] = module.spans[name]  # type: ignore[index]
-        weight = Weight(module.roles[name], tuple(span.full for span in spans), site)  # type: ignore[index]
+        roles: Mapping[str, Role] = module.roles  # type: ignore[assignment]
+        spans: tuple[Span, ...] = module.spans[name]  # type: ignore[index, assignment]
+        weight = Weight(roles[name], tuple(span.full for span in spans), site)
         divided = not all(span.is_whole for span in spans)
         tensor = parameter.detach()
         if isinstance(tensor, DTensor):

@@ -63,13 +63,13 @@ def _train(config: Config, mesh: Mesh) -> Path:
         for step in range(start + 1, steps + 1):
             evaluates, saves = due(step, steps, config.evaluate.every), due(step, steps, config.checkpoint.every)
             logs = due(step, steps, config.log.every) or step == 1 or evaluates or saves
-            records = logs and statistics is not None
+            recording = statistics if logs else None
 
-            engine.record(records)
+            engine.record(recording is not None)
             loss = engine.forward_backward(corpus.rows(step, mesh))
             grad_norm, grad_norms = engine.clip()
-            if records:
-                statistics.before_update()
+            if recording:
+                recording.before_update()
             lr = learning_rate(config.optim, step, steps)
             engine.update(lr)
 
@@ -78,7 +78,7 @@ def _train(config: Config, mesh: Mesh) -> Path:
                 if log:
                     log.advance(step)
                 continue
-            vectors = statistics.vectors(engine.signals(), grad_norms) if records else None
+            vectors = recording.vectors(engine.signals(), grad_norms) if recording else None
             engine.record(False)
             scalars = {"loss": engine.total(loss).item(), "grad_norm": grad_norm.item(), "lr": lr, **clock.read()}
             scalars["peak_memory_gib"] = peak_memory_gib(mesh.device)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nlm.init import to_unit
 from nlm.parallel.pieces import Pieces
@@ -11,7 +12,8 @@ from nlm.parallel.pieces import Pieces
 
 def projection(pieces: Pieces) -> Callable[[], None]:
     """The function to call after each optimizer step; it does nothing for a scheme that projects nothing."""
-    whole, cut = [], []
+    whole: list[tuple[Tensor, int]] = []
+    cut: list[tuple[Tensor, int]] = []
     for h in pieces.held:
         if (axis := pieces.scheme.unit_axis(h.weight)) is not None:
             (whole if h.spans[axis].is_whole else cut).append((h.tensor, axis))

@@ -1,5 +1,6 @@
 from contextlib import contextmanager
-import torch, torch.distributed as dist, os
+
+import torch.distributed as dist
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Sharding parameters, gradients and optimizer state over data parallel ranks: FSDP2, and HSDP on a 2-D mesh."""
 
+from functools import partial
 from math import ceil
 
 from torch.distributed.fsdp import fully_shard
@@ -21,9 +22,11 @@ def shard(model: Transformer, parallel: ParallelConfig, mesh: Mesh) -> None:
     if mesh.device_mesh is None or mesh.sizes["dp_shard"] == 1:
         return
     axes = ("dp_replicate", "dp_shard") if mesh.sizes["dp_replicate"] > 1 else ("dp_shard",)
-    options = {"mesh": mesh.device_mesh[axes], "reshard_after_forward": parallel.reshard and mesh.sizes["pp"] == 1}
+    divide = partial(
+        fully_shard, mesh=mesh.device_mesh[axes], reshard_after_forward=parallel.reshard and mesh.sizes["pp"] == 1
+    )
     blocks = list(model.blocks.values())
     size = parallel.blocks_per_unit or ceil(len(blocks) / UNITS)
     for start in range(0, len(blocks), size):
-        fully_shard(blocks[start : start + size], **options)
-    fully_shard(model, **options)
+        divide(blocks[start : start + size])
+    divide(model)

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from nlm import NORMS, SCORES, build_model
-from nlm.anatomy import MATRICES, Role, Site
+from nlm.anatomy import MATRICES, Role, Site, Span
 from nlm.attention import Heads, QKNorm, Softmax
 from nlm.config import Config, OptimConfig
 from nlm.data import TokenShard
 from nlm.init import init
 from nlm.model import Transformer, weights
 from nlm.optim import adamw, projection
+from nlm.parallel.pieces import Pieces
+from nlm.parallel.tensor import TensorParallel
 from nlm.schemes.base import Scheme, Slots
 from nlm.schemes.peri_ln import PeriLN
 from nlm.schemes.pre_ln import PreLN
@@ -139,13 +141,16 @@ def test_k5_everything_has_unit_norm(build: Callable[..., Transformer], text: Te
     streams: list[Tensor] = []
     for block in model.blocks.values():
         block.register_forward_hook(lambda _, __, out: streams.append(out[0].detach()))
-    optimizer, project = adamw(model, OptimConfig(lr=1e-3)), projection(model)
+    pieces = Pieces([model])
+    optimizer, project = adamw(pieces, OptimConfig(lr=1e-3)), projection(pieces)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
     for _ in range(3):
         loss(model, text).backward()
+        for h in pieces.held:
+            h.tensor.grad = h.parameter.grad
         optimizer.step()
         project()
-        optimizer.zero_grad()
+        model.zero_grad()
         for name, parameter, weight in weights(model):
             if weight.role in MATRICES:
                 axis = 0 if weight.role in {Role.O, Role.DOWN} else 1
@@ -194,9 +199,10 @@ def test_k7_alpha_starts_at_its_effective_value(
 
 def test_k8_stream_variance_grows_by_two_a_layer(build: Callable[..., Transformer], text: Tensor) -> None:
     """K8: 1 + 2l after l layers, within 25 %; a single draw at D=64 strays further."""
-    signals: list[Tensor] = []
-    build("peri_ln", 64, dim=128, ffn_dim=512)(text[:, :-1], signals)
-    variance = signals[0][:, 1, 2].square()
+    model = build("peri_ln", 64, dim=128, ffn_dim=512)
+    model.signals = []
+    model(text[:, :-1])
+    variance = model.signals[0][:, 1, 2].square()
     expected = 1 + 2 * torch.arange(1, 65)
     assert (variance / expected - 1).abs().max() < 0.25
 
@@ -292,7 +298,7 @@ def test_k13_only_directions_of_queries_count(build: Callable[..., Transformer],
 
 def test_k13_logits_are_bounded_by_g() -> None:
     """K13: opposite keys, however long, differ by 2g in log-probability, and no two keys by more."""
-    score = QKNorm(Heads(n_heads=1, n_kv_heads=1, head_dim=8, seq_len=5, norm_eps=1e-5))
+    score = QKNorm(Heads(Span.whole(1), Span.whole(1), head_dim=8, seq_len=5, norm_eps=1e-5, tp=TensorParallel()))
     generator = torch.Generator().manual_seed(0)
     q = 1e4 * torch.randn(1, 5, 1, 8, generator=generator, dtype=torch.float64)
     k = 1e4 * torch.randn(1, 5, 1, 8, generator=generator, dtype=torch.float64)
@@ -320,7 +326,7 @@ def test_k14_g0(make_config: MakeConfig, seq_len: int, g0: float) -> None:
 
 def test_causal_uniform_attention_has_the_known_entropy() -> None:
     """K27: equal scores give the mean entropy ln(T!)/T over rows, 3.878 at T=128."""
-    score = Softmax(Heads(n_heads=1, n_kv_heads=1, head_dim=4, seq_len=128, norm_eps=1e-5))
+    score = Softmax(Heads(Span.whole(1), Span.whole(1), head_dim=4, seq_len=128, norm_eps=1e-5, tp=TensorParallel()))
     q = torch.zeros(1, 128, 1, 4, dtype=torch.float64)
     p = score(q, q, torch.eye(128, dtype=torch.float64)[None, :, None])[0, :, 0]
     entropy = -(p * p.clamp_min(1e-300).log()).sum(-1).mean()

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from nlm import NORMS, SCHEMES, SCORES, build_model
 from nlm.anatomy import MATRICES
+from nlm.build import build_engine
 from nlm.config import Config
-from nlm.init import init, projected
+from nlm.init import init
+from nlm.mesh import Mesh
 from nlm.model import Transformer, weights
-from nlm.optim import adamw, clip_gradients, projection
+from nlm.optim import projection
 from nlm.parallel.compile import compile_model
 from nlm.parallel.recompute import recompute_blocks
 
@@ -91,9 +93,9 @@ def test_weights_and_groups_cover_every_parameter_once(config: Config) -> None:
     model = build_model(config)
     ours = [(name, parameter) for name, parameter, _ in weights(model)]
     assert [(n, id(p)) for n, p in ours] == [(n, id(p)) for n, p in model.named_parameters()]
-    optimizer = adamw(model, config.optim)
-    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    engine = build_engine(config, Mesh())
+    grouped = [p.data_ptr() for group in engine.optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(p.data_ptr() for p in engine.models[0].parameters())
 
 
 def test_only_matrices_decay(config: Config) -> None:
@@ -128,7 +130,8 @@ def test_one_graph_serves_all_blocks(config: Config) -> None:
     compile_model(model, backend=count)
     assert torch.allclose(model(x), expected, atol=1e-5)
     assert len(graphs) == 1, f"{len(graphs)} graphs for {config.model.n_layers} blocks"
-    model(x, [])
+    model.signals = []
+    model(x)
     assert len(graphs) == 2, "recording takes one graph more, for all blocks"
 
 
@@ -142,8 +145,9 @@ def test_recompute_changes_nothing(config: Config) -> None:
 
 def test_recording_changes_nothing(config: Config) -> None:
     model, x = shake(build_model(config)), tokens(config)
-    signals: list[Tensor] = []
-    assert torch.equal(model(x, signals), model(x))
+    plain, model.signals = model(x), []
+    assert torch.equal(model(x), plain)
+    signals = model.signals
     assert signals[0].shape == (config.model.n_layers, 2, 3)
     assert torch.equal(signals[0][:, 0, 2], signals[0][:, 1, 0]), "attention's stream out is the FFN's stream in"
     assert torch.equal(signals[0][:-1, 1, 2], signals[0][1:, 0, 0])
@@ -152,36 +156,40 @@ def test_recording_changes_nothing(config: Config) -> None:
 def test_every_parameter_learns(config: Config) -> None:
     """All gradients are there, and some steps on one batch lower its loss, in bf16 too."""
     for precision in (torch.float32, torch.bfloat16):
-        model, x = build_model(config), tokens(config)
-        optimizer, project = adamw(model, config.optim), projection(model)
+        engine, x = build_engine(config, Mesh()), tokens(config)
+        model = engine.models[0]
         losses = []
         for _ in range(8):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
                 logits = model(x)
             value = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), x[:, 1:].flatten())
             value.backward()
-            _, norms = clip_gradients(list(model.parameters()), 1.0)
+            _, norms = engine.clip()
             unused = [name for (name, _), norm in zip(model.named_parameters(), norms, strict=True) if norm == 0]
             assert not unused
-            optimizer.step()
-            project()
-            optimizer.zero_grad()
+            engine.update(config.optim.lr)
             losses.append(value.item())
         assert losses[-1] < losses[0]
 
 
 def test_projection_holds(config: Config) -> None:
     """What a scheme projects has unit norm along its axis after a step, and only that."""
-    model, x = build_model(config), tokens(config)
-    loss(model, x).backward()
-    adamw(model, config.optim).step()
-    targets = projected(model)
-    moved = [(p.norm(dim=axis) - 1).abs().max() for p, axis in targets]
-    projection(model)()
-    assert all(change > 1e-4 for change in moved)
-    for parameter, axis in targets:
-        assert (parameter.norm(dim=axis) - 1).abs().max() < 1e-6
-    assert {w.role for _, p, w in weights(model) if any(p is t for t, _ in targets)} in (set(), set(MATRICES))
+    engine = build_engine(config, Mesh())
+    model = engine.models[0]
+    projected = [(w.role, p, axis) for _, p, w in weights(model) if (axis := model.scheme.unit_axis(w)) is not None]
+    assert {role for role, _, _ in projected} in (set(), set(MATRICES))
+
+    def off() -> list[float]:
+        return [float((p.detach().norm(dim=axis) - 1).abs().max()) for _, p, axis in projected]
+
+    assert all(distance < 1e-6 for distance in off()), "at the start"
+    loss(model, tokens(config)).backward()
+    for h in engine.pieces.held:
+        h.tensor.grad = h.parameter.grad
+    engine.optimizer.step()
+    assert all(distance > 1e-4 for distance in off())
+    projection(engine.pieces)()
+    assert all(distance < 1e-6 for distance in off())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

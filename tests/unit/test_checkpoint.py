@@ -9,13 +9,23 @@ from threading import Thread
 import pytest
 import torch
 
-from nlm import build_model, load_checkpoint
+from nlm import load_checkpoint
+from nlm.build import build_engine
 from nlm.checkpoint import checkpoints, refuse_changed_model, resume, save_checkpoint
 from nlm.config import Config, ConfigError
-from nlm.optim import adamw
+from nlm.mesh import Mesh
+from nlm.parallel.engine import Engine
 from nlm.train import train
 
 RunConfig = Callable[..., Config]
+
+
+def stepped(config: Config) -> Engine:
+    """A model one step away from its start."""
+    engine = build_engine(config, Mesh())
+    engine.models[0](torch.arange(24).view(2, 12)).sum().backward()
+    engine.update(1e-3)
+    return engine
 
 
 @pytest.fixture
@@ -25,24 +35,19 @@ def saved(run_config: RunConfig) -> Path:
 
 def test_the_model_of_a_checkpoint_is_the_trained_one(run_config: RunConfig, tmp_path: Path) -> None:
     config = run_config("model", {"tied": True, "scheme": {"name": "normformer"}})
-    model = build_model(config, seed=3)
-    optimizer = adamw(model, config.optim)
-    tokens = torch.arange(24).view(2, 12)
-    model(tokens).sum().backward()
-    optimizer.step()
-    path = save_checkpoint(tmp_path, 5, model, optimizer, config)
-    loaded, its_config = load_checkpoint(path)
+    engine, tokens = stepped(config), torch.arange(24).view(2, 12)
+    save_checkpoint(tmp_path, 5, engine)
+    loaded, its_config = load_checkpoint(checkpoints(tmp_path)[-1])
     assert its_config == config
-    assert torch.equal(loaded(tokens), model(tokens))
+    assert torch.equal(loaded(tokens), engine.models[0](tokens))
 
 
 def test_resuming_restores_optimizer_and_random_state(run_config: RunConfig, saved: Path) -> None:
     config = run_config("run")
     torch.manual_seed(1)
-    model = build_model(config)
-    optimizer = adamw(model, config.optim)
-    assert resume(saved, model, optimizer) == 8
-    state = optimizer.state[next(model.parameters())]
+    engine = build_engine(config, Mesh())
+    assert resume(saved, engine) == 8
+    state = engine.optimizer.state[engine.pieces.tensors[0]]
     assert float(state["step"]) == 8 and state["exp_avg_sq"].abs().sum() > 0
     after = torch.get_rng_state()
     torch.manual_seed(config.train.seed)
@@ -52,13 +57,11 @@ def test_resuming_restores_optimizer_and_random_state(run_config: RunConfig, sav
 def test_at_no_moment_is_there_half_a_checkpoint(run_config: RunConfig, tmp_path: Path) -> None:
     """Whatever stands under a checkpoint's name, while one is written and an older one removed, is complete."""
     config = run_config("atomic", {"n_layers": 30}, checkpoint={"keep_last": 1})
-    model = build_model(config)
-    optimizer = adamw(model, config.optim)
-    model(torch.arange(24).view(2, 12)).sum().backward()
-    optimizer.step()
-    files = {path.name for path in save_checkpoint(tmp_path, 1, model, optimizer, config).iterdir()}
+    engine = stepped(config)
+    save_checkpoint(tmp_path, 1, engine)
+    files = {path.name for path in checkpoints(tmp_path)[-1].iterdir()}
 
-    writer = Thread(target=lambda: [save_checkpoint(tmp_path, s, model, optimizer, config) for s in range(2, 40)])
+    writer = Thread(target=lambda: [save_checkpoint(tmp_path, s, engine) for s in range(2, 40)])
     writer.start()
     looks = 0
     while writer.is_alive():

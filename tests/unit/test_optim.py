@@ -6,9 +6,10 @@ from math import cos, pi
 import pytest
 import torch
 
-from nlm import build_model
+from nlm.build import build_engine
 from nlm.config import Config, OptimConfig
-from nlm.optim import adamw, clip_gradients, learning_rate
+from nlm.mesh import Mesh
+from nlm.optim import learning_rate
 
 MakeConfig = Callable[..., Config]
 
@@ -39,9 +40,10 @@ def test_no_warmup_starts_high_and_all_warmup_ends_there() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e9, 0.0])
-def test_clipping_against_torch(max_norm: float) -> None:
+def test_clipping_against_torch(max_norm: float, make_config: MakeConfig) -> None:
     generator = torch.Generator().manual_seed(0)
-    ours = [torch.nn.Parameter(torch.zeros(shape)) for shape in [(3, 4), (5,), ()]]
+    engine = build_engine(make_config({"bias": True}, optim={"clip": max_norm}), Mesh())
+    ours = list(engine.models[0].parameters())
     for p in ours:
         p.grad = torch.randn(p.shape, generator=generator)
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
@@ -49,15 +51,15 @@ def test_clipping_against_torch(max_norm: float) -> None:
         q.grad = p.grad.clone()
     before = [q.grad.norm() for q in theirs]
     expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm or float("inf"))
-    total, norms = clip_gradients(ours, max_norm)
-    assert torch.allclose(total, expected) and torch.allclose(norms, torch.stack(before))
+    total, norms = engine.clip()
+    assert torch.allclose(total.float(), expected) and torch.allclose(norms.float(), torch.stack(before))
     for p, q in zip(ours, theirs, strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-5)
 
 
 def test_groups_decay_as_the_scheme_says(make_config: MakeConfig) -> None:
     config = make_config({"bias": True}, optim={"lr": 1e-3, "weight_decay": 0.3, "betas": [0.8, 0.9], "eps": 1e-6})
-    groups = adamw(build_model(config), config.optim).param_groups
+    groups = build_engine(config, Mesh()).optimizer.param_groups
     for group in groups:
         assert {p.ndim for p in group["params"]} == ({2} if group["weight_decay"] else {1})
         assert (group["betas"], group["eps"], group["lr_multiplier"]) == ((0.8, 0.9), 1e-6, 1.0)

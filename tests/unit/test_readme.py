@@ -23,10 +23,10 @@ def test_the_scheme_works(make_config: Callable[..., Config], monkeypatch: pytes
     monkeypatch.setitem(SCHEMES, "branch_scaled", namespace["BranchScaled"])
     rms = {}
     for n_layers in (4, 64):
-        signals: list[torch.Tensor] = []
         model = build_model(make_config({"scheme": {"name": "branch_scaled"}, "n_layers": n_layers}))
-        model(torch.arange(24).view(2, 12), signals)
-        rms[n_layers] = float(signals[0][-1, 1, 2])
+        model.signals = []
+        model(torch.arange(24).view(2, 12))
+        rms[n_layers] = float(model.signals[0][-1, 1, 2])
     assert 0.8 < rms[64] / rms[4] < 1.25
 
 
