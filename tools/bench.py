@@ -1,38 +1,43 @@
-"""Speed of nlm, as ratios measured in alternation: `python tools/bench.py (peers | depth | statistics)`.
+"""Speed of nlm, as ratios measured in alternation: `python tools/bench.py BENCH`.
 
-Every contender is a process of its own that waits its turn, so that they share the machine's moods but not
-their memory. Reported are medians over the rounds of CPU seconds a step (all threads) and of wall seconds, the
-ratio to the first contender (above 1: faster), and the peak resident memory of each process.
+Every contender is a process of its own, or one a rank, that waits its turn, so that they share the machine's moods
+but not their memory. Reported are medians over the rounds of CPU seconds a step and rank (all threads) and of wall
+seconds, the ratio to the first contender (above 1: faster), and the peak resident memory of a process.
 
   peers       24 layers, D=128, seq 256, vocabulary 8192, fp32, forward + backward + AdamW: Hugging Face Llama with
               sdpa against the same model in nlm (pre_ln, rmsnorm, swiglu, rope), eager and compiled
   depth       quickstart's width at 100 and at 1,000 layers; the target is at most 1.1 × 10 times the time
   statistics  1,000 layers, every step recorded and written to `layers/`, against none; recording every 10th step
               costs a tenth of the difference
+  tp, pp, dp  quickstart's width and 1,024 tokens a step at --layers (200) layers, on two ranks: tensor parallelism
+              against one process, the pipeline's schedules against 1F1B, FSDP2 and ZeRO against plain torch DDP
 """
 
 import argparse
 import json
 import multiprocessing as mp
+import os
+import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from nlm.build import build_model, parse_config
+from nlm.build import build_engine, build_model, parse_config
 from nlm.config import Config
-from nlm.evaluate.loss import summed_loss
-from nlm.model import weights
-from nlm.optim import adamw, clip_gradients, projection
-from nlm.parallel.compile import compile_model
+from nlm.mesh import Mesh
 from nlm.runtime import keep_freed_memory, peak_memory_gib, pick_device
 from nlm.statistics.record import LayerStatistics
 from nlm.statistics.store import LayerWriter
@@ -44,12 +49,13 @@ PEERS = {"vocab_size": 8192, "dim": 128, "n_layers": 24, "n_heads": 4, "ffn_dim"
 WIDTH = {"vocab_size": 512, "dim": 64, "n_heads": 2, "ffn_dim": 128, "activation": "relu"}
 
 
-def config(model: dict[str, Any], seq_len: int) -> Config:
+def config(model: dict[str, Any], seq_len: int, rows: int = 1, **parallel: Any) -> Config:
     return parse_config(
         {
             "model": {"scheme": {"name": "pre_ln"}} | model,
-            "train": {"steps": 1, "batch_tokens": seq_len, "seq_len": seq_len},
+            "train": {"steps": 1, "batch_tokens": rows * seq_len, "seq_len": seq_len},
             "optim": {"lr": 1e-4},
+            "parallel": parallel,
             "data": {"train": "-"},
             "log": {"dir": "-"},
         }
@@ -63,17 +69,13 @@ def batch(vocab_size: int, rows: int, seq_len: int) -> Tensor:
 
 def nlm_peer(compiled: bool) -> Step:
     keep_freed_memory()
-    model = build_model(
-        config(PEERS | {"norm": "rmsnorm", "activation": "swiglu", "position": "rope"}, 256), device=pick_device()
-    )
-    optimizer, rows = adamw(model, config(PEERS, 256).optim), batch(PEERS["vocab_size"], 4, 256)
-    if compiled:
-        compile_model(model)
+    model = PEERS | {"norm": "rmsnorm", "activation": "swiglu", "position": "rope"}
+    engine = build_engine(config(model, 256, rows=4, compile=compiled), Mesh(device=pick_device()))
+    rows = batch(PEERS["vocab_size"], 4, 256)
 
     def step(_: int) -> None:
-        (summed_loss(model, rows) / rows[:, 1:].numel()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        engine.forward_backward(rows)
+        engine.update(1e-4)
 
     return step
 
@@ -107,48 +109,118 @@ def llama_peer() -> Step:
     return step
 
 
-def deep(n_layers: int, record: bool = False) -> Step:
+def deep(n_layers: int, record: bool = False, **parallel: Any) -> Step:
     """As `nlm train` steps: clipping, projection and, to record, statistics."""
     keep_freed_memory()
-    settings = config(WIDTH | {"n_layers": n_layers}, 64)
-    model = build_model(settings, device=pick_device())
-    parameters = [parameter for _, parameter, _ in weights(model)]
-    optimizer, project, rows = adamw(model, settings.optim), projection(model), batch(WIDTH["vocab_size"], 16, 64)
-    layer_statistics = LayerStatistics(model)
+    settings = config(WIDTH | {"n_layers": n_layers}, 64, rows=16, **parallel)
+    if settings.parallel.ranks > 1:
+        dist.init_process_group()
+    mesh = Mesh(settings.parallel, pick_device())
+    engine = build_engine(settings, mesh)
+    rows = batch(WIDTH["vocab_size"], 16, 64).chunk(mesh.data_size)[mesh.data_rank]
+    layer_statistics = LayerStatistics(engine.pieces, n_layers)
     contexts = ExitStack()
     scratch = Path(contexts.enter_context(tempfile.TemporaryDirectory()))
     writer = contexts.enter_context(LayerWriter(scratch, n_layers, 0))
 
     def step(i: int) -> None:
-        signals: list[Tensor] | None = [] if record else None
-        (summed_loss(model, rows, signals) / rows[:, 1:].numel()).backward()
-        _, norms = clip_gradients(parameters, 1.0)
-        if signals is not None:
+        engine.record(record)
+        engine.forward_backward(rows)
+        _, norms = engine.clip()
+        if record:
             layer_statistics.before_update()
-        optimizer.step()
-        project()
-        optimizer.zero_grad()
-        if signals is not None:
-            writer.write(i, layer_statistics.vectors(signals, norms))
+        engine.update(1e-4)
+        if record:
+            writer.write(i, layer_statistics.vectors(engine.signals(), norms))
 
     return step
 
 
-# name of the benchmark -> steps a turn, contender -> what makes its step
-BENCHES: dict[str, tuple[int, dict[str, tuple[Callable[..., Step], tuple[Any, ...]]]]] = {
+def plain_ddp(n_layers: int) -> Step:
+    """The same model in nothing but torch: DDP, clipping and AdamW as its manual has them."""
+    keep_freed_memory()
+    dist.init_process_group()
+    model = DistributedDataParallel(build_model(config(WIDTH | {"n_layers": n_layers}, 64), device=pick_device()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    rows = batch(WIDTH["vocab_size"], 16, 64).chunk(dist.get_world_size())[dist.get_rank()]
+
+    def step(_: int) -> None:
+        (model(rows[:, :-1], rows[:, 1:]) / rows[:, 1:].numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@dataclass(frozen=True)
+class Contender:
+    make: Callable[..., Step]
+    arguments: dict[str, Any]
+    ranks: int = 1
+
+
+def layouts(n_layers: int) -> dict[str, dict[str, Contender]]:
+    """Benchmark -> contenders on two ranks."""
+
+    def two(**parallel: Any) -> Contender:
+        return Contender(deep, {"n_layers": n_layers, **parallel}, ranks=2)
+
+    zero = {"engine": "deepspeed", "dp_shard": 2}
+    return {
+        "tp": {
+            "one process": Contender(deep, {"n_layers": n_layers}),
+            "tp2": two(tp=2),
+            "tp2, sequence parallel": two(tp=2, sequence_parallel=True),
+        },
+        "pp": {
+            schedule: two(pp=2, schedule=schedule, microbatches=4)
+            for schedule in ("1f1b", "interleaved", "zbv", "dualpipev")
+        },
+        "dp": {
+            "torch DDP": Contender(plain_ddp, {"n_layers": n_layers}, ranks=2),
+            "ddp": two(dp_replicate=2),
+            **{f"fsdp2, {n} a unit": two(dp_shard=2, blocks_per_unit=n) for n in (1, 10, 25)},
+            "fsdp2, 25 a unit, kept": two(dp_shard=2, blocks_per_unit=25, reshard=False),
+            **{f"ZeRO-{stage}": two(zero=stage, **zero) for stage in (1, 2, 3)},
+            "ZeRO-1, every step recorded": two(zero=1, record=True, **zero),
+        },
+    }
+
+
+BENCHES: dict[str, tuple[int, dict[str, Contender]]] = {
     "peers": (
         4,
-        {"Llama, transformers": (llama_peer, ()), "nlm": (nlm_peer, (False,)), "nlm, compiled": (nlm_peer, (True,))},
+        {
+            "Llama, transformers": Contender(llama_peer, {}),
+            "nlm": Contender(nlm_peer, {"compiled": False}),
+            "nlm, compiled": Contender(nlm_peer, {"compiled": True}),
+        },
     ),
-    "depth": (2, {"1,000 layers": (deep, (1000,)), "100 layers": (deep, (100,))}),
-    "statistics": (1, {"none recorded": (deep, (1000,)), "every step recorded": (deep, (1000, True))}),
+    "depth": (
+        2,
+        {
+            "1,000 layers": Contender(deep, {"n_layers": 1000}),
+            "100 layers": Contender(deep, {"n_layers": 100}),
+        },
+    ),
+    "statistics": (
+        1,
+        {
+            "none recorded": Contender(deep, {"n_layers": 1000}),
+            "every step recorded": Contender(deep, {"n_layers": 1000, "record": True}),
+        },
+    ),
 }
+"""Name of the benchmark -> steps a turn, contenders by name."""
 
 
-def contender(connection: Connection, make: Callable[..., Step], arguments: tuple[Any, ...], threads: int) -> None:
+def work(connection: Connection, contender: Contender, rank: int, port: int, threads: int) -> None:
     """Answers each number of steps with (CPU s, wall s, peak GiB) a step, until it is sent 0."""
     torch.set_num_threads(threads)
-    step, count, device = make(*arguments), 0, pick_device()
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": contender.ranks, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in ranks.items()}
+    step, count, device = contender.make(**contender.arguments), 0, pick_device()
     while n := connection.recv():
         cpu, wall = time.process_time(), time.perf_counter()
         for _ in range(n):
@@ -160,24 +232,31 @@ def contender(connection: Connection, make: Callable[..., Step], arguments: tupl
         connection.send((cpu / n, wall / n, peak_memory_gib(device)))
 
 
-def race(bench: str, rounds: int, threads: int) -> Iterator[dict[str, Any]]:
+def race(steps: int, contenders: dict[str, Contender], rounds: int, threads: int) -> Iterator[dict[str, Any]]:
     """One record a contender. The first turn of each, which warms up and compiles, is not counted."""
     context = mp.get_context("spawn")
-    steps, entries = BENCHES[bench]
-    runners = {}
-    for name, (make, arguments) in entries.items():
-        ours, theirs = context.Pipe()
-        process = context.Process(target=contender, args=(theirs, make, arguments, threads), daemon=True)
-        process.start()
-        runners[name] = (process, ours, [])
+    runners: dict[str, tuple[list[BaseProcess], list[Connection], list[list[float]]]] = {}
+    for name, contender in contenders.items():
+        pipes = [context.Pipe() for _ in range(contender.ranks)]
+        port = free_port()
+        processes = [
+            context.Process(target=work, args=(theirs, contender, rank, port, threads), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in processes:
+            process.start()
+        runners[name] = (processes, [ours for ours, _ in pipes], [])
     for _ in range(rounds + 1):
-        for _, connection, turns in runners.values():
-            connection.send(steps)
-            turns.append(connection.recv())
+        for _, connections, turns in runners.values():
+            for connection in connections:
+                connection.send(steps)
+            answers = [connection.recv() for connection in connections]
+            turns.append([statistics.mean(column) for column in zip(*answers, strict=True)])
     first: dict[str, float] = {}
-    for name, (process, connection, turns) in runners.items():
-        connection.send(0)
-        process.join()
+    for name, (processes, connections, turns) in runners.items():
+        for process, connection in zip(processes, connections, strict=True):
+            connection.send(0)
+            process.join()
         cpu, wall = (statistics.median(turn[i] for turn in turns[1:]) for i in (0, 1))
         first = first or {"cpu": cpu, "wall": wall}
         yield {
@@ -190,14 +269,26 @@ def race(bench: str, rounds: int, threads: int) -> Iterator[dict[str, Any]]:
         }
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=BENCHES)
+    parser.add_argument("bench", choices=[*BENCHES, *layouts(0)])
+    parser.add_argument("--layers", type=int, default=200, help="of tp, pp and dp")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of peers, depth and statistics")
     options = parser.parse_args()
-    for record in race(options.bench, options.rounds, options.threads):
-        print(json.dumps(record))
+    many = layouts(options.layers)
+    if options.bench in many:
+        steps, contenders, threads = 1, many[options.bench], 1
+    else:
+        (steps, contenders), threads = BENCHES[options.bench], options.threads
+    for record in race(steps, contenders, options.rounds, threads):
+        print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
