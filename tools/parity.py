@@ -1,23 +1,27 @@
-"""The proof that a layout changes nothing but the time: `python tools/parity.py [--schemes …] [--layouts …]`.
+"""The proof that a layout changes nothing but the time: `python tools/parity.py` for the whole matrix.
 
-For every scheme and layout, `nlm train` runs five steps in one process and on the ranks of the layout (gloo, CPU), and
-the two runs' folders are compared: the loss and the gradient norm of every step, every layer's statistics of every
-step, every parameter and both moments of its optimizer state after the last. A cell of the table is the largest
-relative difference found, or why the layout is refused. Exit code 1 when a cell is above its limit.
+For every row (a model) and layout, `nlm train` runs five steps in one process and on the ranks of the layout (gloo,
+CPU), and the folders of the two runs are compared: the loss and the gradient norm of every step, every layer's
+statistics of every step, and every parameter and both moments of its optimizer state after the last. A cell is the
+largest relative difference and the CPU seconds of one rank, or why the layout is refused; exit code 1 when one is
+above its limit.
+
+Tensors and vectors over layers are compared by the norm of their difference, in float64 the vectors number by number.
 """
 
 import argparse
 import json
 import multiprocessing as mp
 import os
+import shutil
 import socket
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import closing, redirect_stdout
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -27,19 +31,20 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from nlm import SCHEMES, read_layers
+from nlm import NORMS, SCHEMES, SCORES, read_layers
 from nlm.build import parse_config
 from nlm.config import Config, ConfigError
 from nlm.data.tokenize import tokenize
 
 STEPS = 5
 LIMITS = {"fp32": 1e-5, "fp64": 1e-9}
-STATISTICS_LIMIT = 1e-5  # stored in float32
+STORED = 1e-6
+"""Limit of the layers' statistics in float64 runs: they are stored in float32."""
 DEADLINE_S = 900
 
-LAYOUTS: dict[str, dict[str, Any]] = {
+Table = dict[str, Any]
+LAYOUTS: dict[str, Table] = {
     "ddp2": {"dp_replicate": 2},
     "fsdp2": {"dp_shard": 2},
     "hsdp2x2": {"dp_replicate": 2, "dp_shard": 2},
@@ -49,59 +54,102 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2-interleaved": {"pp": 2, "schedule": "interleaved"},
     "pp2-zbv": {"pp": 2, "schedule": "zbv"},
     "pp2-dualpipev": {"pp": 2, "schedule": "dualpipev"},
-    "pp4-1f1b": {"pp": 4},
-    "pp4-interleaved": {"pp": 4, "schedule": "interleaved", "microbatches": 8},
-    "pp4-zbv": {"pp": 4, "schedule": "zbv", "microbatches": 8},
     "tp2xpp2": {"tp": 2, "pp": 2},
     "fsdp2xtp2": {"dp_shard": 2, "tp": 2},
     "ddp2xpp2-zbv": {"dp_replicate": 2, "pp": 2, "schedule": "zbv"},
     "fsdp2xpp2-zbv": {"dp_shard": 2, "pp": 2, "schedule": "zbv"},
+    "fsdp2xtp2xpp2": {"dp_shard": 2, "tp": 2, "sequence_parallel": True, "pp": 2},
+    "pp4-1f1b": {"pp": 4},
+    "pp4-zbv": {"pp": 4, "schedule": "zbv"},
     "zero0": {"engine": "deepspeed", "zero": 0, "dp_replicate": 2},
     "zero1": {"engine": "deepspeed", "zero": 1, "dp_shard": 2},
     "zero2": {"engine": "deepspeed", "zero": 2, "dp_shard": 2},
     "zero3": {"engine": "deepspeed", "zero": 3, "dp_shard": 2},
     "zero3+offload": {"engine": "deepspeed", "zero": 3, "offload": True, "dp_shard": 2},
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """A model to be trained in every layout."""
-
-    name: str
-    model: dict[str, Any]
-    train: dict[str, Any]
-    parallel: dict[str, Any]
-
-    def config(self, folder: Path, layout: str | None) -> Config:
-        parallel = LAYOUTS[layout] if layout else {}
-        return parse_config(
-            {
-                "model": self.model,
-                "train": {"steps": STEPS} | self.train,
-                "optim": {"lr": 1e-3, "schedule": "constant", "clip": 0.5},
-                "parallel": {"microbatches": 4} | self.parallel | parallel,
-                "data": {"train": str(folder / "tokens")},
-                "log": {"dir": str(folder / self.name / (layout or "one")), "every": 1, "tensorboard": False},
-            }
-        )
-
-
-MODEL = {
-    "vocab_size": 257,
+MODEL: Table = {
+    "vocab_size": 257,  # odd: the parts of tensor parallel ranks differ
     "dim": 32,
-    "n_layers": 6,
+    "n_layers": 8,
     "n_heads": 4,
     "n_kv_heads": 2,
     "ffn_dim": 48,
     "activation": "swiglu",
 }
+TINY: Table = MODEL | {"dim": 16, "n_heads": 2, "ffn_dim": 16}
 
 
-def row(scheme: str, n_layers: int, precision: str, variant: Mapping[str, Any]) -> Row:
-    model = MODEL | {"scheme": {"name": scheme}, "n_layers": n_layers} | dict(variant)
-    train = {"batch_tokens": 16 * 16, "seq_len": 16, "precision": precision}
-    return Row(f"{scheme}-{n_layers}-{precision}", model, train, {})
+@dataclass(frozen=True)
+class Row:
+    """A model to be trained in one process and in `layouts`."""
+
+    name: str
+    model: Table
+    layouts: tuple[str, ...]
+    parallel: Table = field(default_factory=dict)
+    precision: str = "fp32"
+
+    def config(self, folder: Path, layout: str | None) -> Config:
+        """Errors: ConfigError for a layout that is refused."""
+        rows, seq_len = 32, 16
+        run = folder / f"{self.name}-{self.precision}" / (layout or "one")
+        return parse_config(
+            {
+                "model": self.model,
+                "train": {
+                    "steps": STEPS,
+                    "batch_tokens": rows * seq_len,
+                    "seq_len": seq_len,
+                    "precision": self.precision,
+                },
+                "optim": {"lr": 1e-3, "schedule": "constant", "clip": 0.5},
+                "parallel": {"microbatches": 8} | (self.parallel | LAYOUTS[layout] if layout else {}),
+                "data": {"train": str(folder / "tokens")},
+                "log": {"dir": str(run), "every": 1, "tensorboard": False},
+            }
+        )
+
+
+SCHEME_ROWS = {name: Row(name, MODEL | {"scheme": {"name": name}}, tuple(LAYOUTS)) for name in SCHEMES}
+INSIDE = ("tp2", "tp2+sp", "fsdp2xtp2xpp2")
+NORM_ROWS = {
+    f"{norm}, {score}": Row(
+        f"{norm}, {score}", MODEL | {"scheme": {"name": "sub_ln"}, "norm": norm, "attention": {"score": score}}, INSIDE
+    )
+    for norm in NORMS
+    for score in SCORES
+}
+
+
+def variant(name: str, layouts: Sequence[str], parallel: Table | None = None, **model: Any) -> Row:
+    return Row(name, MODEL | {"scheme": {"name": "pre_ln"}} | model, tuple(layouts), parallel or {})
+
+
+VARIANT_ROWS = {
+    row.name: row
+    for row in (
+        variant("bias", ["tp2", "tp2+sp", "pp2-zbv", "zero3"], bias=True),
+        variant("no gate", ["tp2+sp", "fsdp2xtp2"], activation="gelu"),
+        variant("tied", ["tp2+sp", "fsdp2", "pp2-1f1b", "pp2-zbv", "fsdp2xtp2xpp2", "zero2"], tied=True),
+        variant("learned positions", ["tp2", "tp2+sp", "pp2-zbv", "fsdp2xtp2xpp2"], position="learned"),
+        variant("sinusoidal positions", ["tp2+sp", "pp2-1f1b"], position="sinusoidal"),
+        variant("one block a unit", ["fsdp2", "fsdp2xtp2"], {"blocks_per_unit": 1}),
+        variant("three blocks a unit, kept", ["fsdp2", "hsdp2x2"], {"blocks_per_unit": 3, "reshard": False}),
+        variant(
+            "recompute",
+            ["ddp2", "fsdp2", "tp2+sp", "pp2-1f1b", "pp2-zbv", "pp2-dualpipev", "fsdp2xtp2xpp2", "zero3"],
+            {"recompute": "block"},
+        ),
+        variant("compile", ["ddp2", "fsdp2", "tp2", "tp2+sp", "pp2-1f1b", "pp2-zbv"], {"compile": True}),
+    )
+}
+
+
+def deep(n_layers: int, precision: str) -> Row:
+    layouts = ("tp2", "fsdp2", "pp4-1f1b", "pp4-zbv")
+    return Row(
+        f"{n_layers:,} layers", TINY | {"scheme": {"name": "deepnorm"}, "n_layers": n_layers}, layouts, {}, precision
+    )
 
 
 def write_tokens(folder: Path) -> None:
@@ -177,84 +225,128 @@ class Ranks:
         self.running = []
 
 
-def differences(run: Path, reference: Path) -> dict[str, float]:
+def differences(run: Path, reference: Path, exact: bool) -> dict[str, float]:
     """The largest relative difference of each kind between two runs."""
     lines, expected = (
         [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, reference)
     )
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), f"{run}: steps are missing"
     found = {
-        key: max(relative(np.array(a[key]), np.array(b[key])) for a, b in zip(lines, expected, strict=True))
+        key: max(by_number([a[key]], [b[key]]) for a, b in zip(lines, expected, strict=True))
         for key in ("loss", "grad_norm")
     }
-    layers, expected_layers = read_layers(run), read_layers(reference)
-    assert layers.keys() == expected_layers.keys()
-    found |= {f"layers/{name}": relative(layers[name], expected_layers[name]) for name in layers}
+    layers, wanted = read_layers(run), read_layers(reference)
+    assert layers.keys() == wanted.keys(), "other statistics"
+    compare = by_number if exact else by_norm
+    for name in layers:
+        found[f"layers/{name}"] = max(compare(a, b) for a, b in zip(layers[name], wanted[name], strict=True))
     for file in ("model", "optimizer"):
-        tensors, wanted = (load_file(r / f"checkpoints/step-{STEPS:08d}/{file}.safetensors") for r in (run, reference))
-        assert tensors.keys() == wanted.keys()
-        found[file] = max(distance(tensors[name], wanted[name]) for name in tensors)
+        path = f"checkpoints/step-{STEPS:08d}/{file}.safetensors"
+        tensors, whole = load_file(run / path), load_file(reference / path)
+        assert tensors.keys() == whole.keys(), "other parameters"
+        found[file] = max(by_norm(tensors[name].numpy(), whole[name].numpy()) for name in tensors)
     return found
 
 
-def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest difference of single numbers; those that are zero or infinite must be equal."""
+def by_number(ours: Any, theirs: Any) -> float:
+    """Largest relative difference of single numbers; those that are zero or infinite must be equal."""
+    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.where(ours == theirs, 0, np.abs(ours - theirs) / np.abs(theirs)).max())
+        return float(np.where(a == b, 0, np.abs(a - b) / np.abs(b)).max())
 
 
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Of a tensor from its reference, in units of the reference's norm."""
-    norm = theirs.double().norm()
-    return float((ours.double() - theirs.double()).norm() / norm.clamp(min=torch.finfo(torch.float64).tiny))
+def by_norm(ours: Any, theirs: Any) -> float:
+    """Norm of the difference in units of the reference's; infinite numbers must be equal."""
+    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if np.array_equal(a, b):
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def prove(rows: Sequence[Row], layouts: Sequence[str], verbose: bool) -> Iterator[tuple[str, str, str, bool]]:
-    """-> row, layout, what came of it, whether that is all right."""
+@dataclass(frozen=True)
+class Cell:
+    row: Row
+    layout: str
+    good: bool
+    text: str
+
+
+def prove(rows: Iterable[Row], only: Collection[str] = tuple(LAYOUTS)) -> Iterator[Cell]:
+    """What came of every row in each of its layouts."""
     ranks = Ranks()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, closing(ranks):
         folder = Path(scratch)
         write_tokens(folder)
         for row in rows:
             reference = row.config(folder, None)
-            ranks.train(reference)
-            for layout in layouts:
-                try:
-                    config = row.config(folder, layout)
-                except ConfigError as error:
-                    yield row.name, layout, f"refused: {error}", True
-                    continue
-                try:
-                    ranks.train(config)
-                    found = differences(Path(config.log.dir), Path(reference.log.dir))
-                except (RuntimeError, AssertionError) as error:
-                    yield row.name, layout, f"failed: {error}", False
-                    continue
-                limit = LIMITS[config.train.precision]
-                good = all(value < (STATISTICS_LIMIT if "layers/" in kind else limit) for kind, value in found.items())
-                worst = sorted(found, key=found.get, reverse=True)[:4]
-                detail = "  ".join(f"{kind} {found[kind]:.1e}" for kind in worst)
-                yield row.name, layout, detail if verbose else f"{max(found.values()):.0e}", good
-    ranks.close()
+            cpu_s = ranks.train(reference)
+            yield Cell(row, "one", True, f"{cpu_s:.1f} s")
+            for layout in (layout for layout in row.layouts if layout in only):
+                yield cell(row, layout, folder, Path(reference.log.dir), ranks)
+
+
+def cell(row: Row, layout: str, folder: Path, reference: Path, ranks: Ranks) -> Cell:
+    try:
+        config = row.config(folder, layout)
+    except ConfigError as error:
+        return Cell(row, layout, True, f"refused: {error}")
+    run, exact = Path(config.log.dir), row.precision == "fp64"
+    try:
+        cpu_s = ranks.train(config)
+        found = differences(run, reference, exact)
+    except (RuntimeError, AssertionError) as error:
+        return Cell(row, layout, False, f"failed: {error}")
+    shutil.rmtree(run)
+    limits = {kind: STORED if exact and "layers/" in kind else LIMITS[row.precision] for kind in found}
+    good = all(found[kind] <= limits[kind] for kind in found)
+    worst = max(found, key=lambda kind: found[kind] / limits[kind])
+    return Cell(row, layout, good, f"{found[worst]:.0e} {cpu_s:.1f} s" if good else f"{found[worst]:.1e} ({worst})")
+
+
+def table(cells: Sequence[Cell]) -> Iterator[str]:
+    """Markdown: a line a row, a column a layout."""
+    layouts = list(dict.fromkeys(cell.layout for cell in cells))
+    yield "| |" + "".join(f" {layout} |" for layout in layouts)
+    yield "|---|" + "---|" * len(layouts)
+    reasons: list[str] = []
+    for name in dict.fromkeys(cell.row.name for cell in cells):
+        line = dict.fromkeys(layouts, "")
+        for found in (cell for cell in cells if cell.row.name == name):
+            text = found.text if found.good else f"**{found.text.splitlines()[-1]}**"
+            if text.startswith("refused"):
+                reasons += [text] if text not in reasons else []
+                text = f"refused ({reasons.index(text) + 1})"
+            line[found.layout] = text
+        yield f"| {name} |" + "".join(f" {text} |" for text in line.values())
+    for i, reason in enumerate(reasons):
+        yield f"\n({i + 1}) {reason}"
+
+
+ROWS = {"schemes": SCHEME_ROWS, "norms": NORM_ROWS, "variants": VARIANT_ROWS, "deep": {}}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
+    parser.add_argument("--rows", nargs="+", default=["schemes", "norms", "variants", "deep"], metavar="ROW")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
-    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=LIMITS)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="of [model]")
-    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--precision", nargs="+", default=["fp32", "fp64"], choices=LIMITS)
     options = parser.parse_args()
-    variant = {key: json.loads(value) for key, _, value in (o.partition("=") for o in options.set)}
-    rows = [
-        row(scheme, options.layers, precision, variant) for precision in options.precision for scheme in options.schemes
-    ]
     bad = 0
-    for name, layout, text, good in prove(rows, options.layouts, options.verbose):
-        bad += not good
-        print(f"{name:16} {layout:16} {'ok ' if good else 'BAD'} {text}", flush=True)
+    for precision in options.precision:
+        named = SCHEME_ROWS | NORM_ROWS | VARIANT_ROWS
+        groups = {group: list(rows) for group, rows in ROWS.items()}
+        for group in options.rows:
+            if group == "deep":
+                rows = [deep(n_layers, precision) for n_layers in (200, 1000)]
+            else:
+                rows = [replace(named[name], precision=precision) for name in groups.get(group, [group])]
+            cells = []
+            for found in prove(rows, options.layouts):
+                print(f"{precision} {found.row.name}, {found.layout}: {found.text}", file=sys.stderr, flush=True)
+                cells.append(found)
+            bad += sum(not found.good for found in cells)
+            print(f"\n{group}, {precision}\n", *table(cells), sep="\n", flush=True)
     return 1 if bad else 0
 
 
