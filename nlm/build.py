@@ -76,6 +76,10 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
         models.append(prepare(model, config, mesh))
     if parallel.pp > 1:
         return PipelineEngine(config, mesh, models, weights, stages)
+    if parallel.engine == "deepspeed":
+        from nlm.parallel.deepspeed import DeepSpeedEngine  # an optional extra, imported only when chosen
+
+        return DeepSpeedEngine(config, mesh, models[0], weights)
     return WholeEngine(config, mesh, models[0], weights)
 
 

@@ -4,7 +4,7 @@ A checkpoint is a folder `checkpoints/step-00000100/` with
 
     config.toml             the resolved config
     model.safetensors       every parameter under its canonical name
-    optimizer.safetensors   NAME.exp_avg, NAME.exp_avg_sq, NAME.step of every parameter
+    optimizer.safetensors   NAME.exp_avg and NAME.exp_avg_sq of every parameter
     state.safetensors       step [] (which is also the position in the data) and the RNG states
 
 It is written beside its final name, flushed to the disk and renamed. Reading it executes no code.
@@ -27,7 +27,6 @@ from nlm.model import Held, Transformer, held
 from nlm.parallel.engine import Engine
 
 PARTIAL = ".partial-"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(run: Path, step: int, engine: Engine) -> None:
@@ -84,10 +83,11 @@ def checkpoint_config(path: Path) -> Config:
 def resume(path: Path, engine: Engine) -> int:
     """Puts everything back in place, in any layout, and returns the last finished step."""
     _restore_parameters(path, engine.pieces.held)
+    engine.start_after(saved_step(path))
     with _open(path / "optimizer.safetensors") as saved:
-        for h in engine.pieces.held:
-            state = {field: _part(saved, f"{h.name}.{field}", h) for field in MOMENTS}
-            engine.optimizer.state[h.tensor] = {"step": saved.get_tensor(f"{h.name}.step")} | state
+        for field, tensors in engine.moments().items():
+            for h, tensor in zip(engine.pieces.held, tensors, strict=True):
+                tensor.copy_(_part(saved, f"{h.name}.{field}", h))
     with _open(path / "state.safetensors") as extra:
         torch.set_rng_state(extra.get_tensor("rng_cpu"))
         if torch.cuda.is_available() and "rng_cuda" in extra.keys():  # noqa: SIM118, it is no mapping
@@ -114,13 +114,11 @@ def refuse_changed_model(path: Path, config: Config) -> None:
 
 
 def _optimizer_state(engine: Engine) -> dict[str, Tensor]:
-    pieces, states = engine.pieces, engine.optimizer.state
-    steps = states[pieces.tensors[0]]["step"].cpu()
-    saved = {f"{name}.step": steps.clone() for name in pieces.weights}
-    for field in MOMENTS:
-        whole = pieces.gather([states[tensor][field] for tensor in pieces.tensors])
-        saved |= {f"{name}.{field}": tensor for name, tensor in whole.items()}
-    return saved
+    return {
+        f"{name}.{field}": tensor
+        for field, tensors in engine.moments().items()
+        for name, tensor in engine.pieces.gather(tensors).items()
+    }
 
 
 def _rng_state() -> dict[str, Tensor]:

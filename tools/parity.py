@@ -191,10 +191,14 @@ class Ranks:
 
     def __init__(self) -> None:
         self.running: list[tuple[BaseProcess, Connection]] = []
+        self.used_up = False
 
     def train(self, config: Config) -> float:
         """-> CPU seconds of the first rank. Errors: RuntimeError with what a rank said."""
         ranks, context = config.parallel.ranks, mp.get_context("spawn")
+        if config.parallel.engine == "deepspeed" or self.used_up:
+            self.close()  # DeepSpeed keeps what it knows of a process group beyond its end
+            self.used_up = config.parallel.engine == "deepspeed"
         while len(self.running) < ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=train_rank, args=(theirs,), daemon=True)

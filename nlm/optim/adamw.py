@@ -1,20 +1,21 @@
 """AdamW over the groups that the scheme's rule makes of the weights."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from nlm.anatomy import Group
+from nlm.anatomy import Group, Weight
 from nlm.config import OptimConfig
-from nlm.parallel.pieces import Pieces
+from nlm.schemes.base import Scheme
 
 
-def adamw(pieces: Pieces, config: OptimConfig) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[tuple[Tensor, Weight]], scheme: Scheme, config: OptimConfig) -> torch.optim.AdamW:
     """One parameter group for each Group; `lr_multiplier` in a group scales the scheduled learning rate."""
     groups: dict[Group, list[Tensor]] = defaultdict(list)
-    for h in pieces.held:
-        groups[pieces.scheme.group(h.weight)].append(h.tensor)
+    for parameter, weight in parameters:
+        groups[scheme.group(weight)].append(parameter)
     return torch.optim.AdamW(
         [
             {

@@ -11,23 +11,36 @@ from nlm.parallel.pieces import Pieces
 
 
 def projection(pieces: Pieces) -> Callable[[], None]:
-    """The function to call after each optimizer step; it does nothing for a scheme that projects nothing."""
+    """The function to call after each optimizer step; it does nothing for a scheme that projects nothing.
+
+    Where data parallel ranks hold parts of the very slices that get norm 1, they join the squares of all of them.
+    """
     whole: list[tuple[Tensor, int]] = []
-    cut: list[tuple[Tensor, int]] = []
+    cut: list[tuple[Tensor, int, slice]] = []
+    first, n_slices = {}, 0  # of each matrix in the joint vector, the same on all ranks
+    for name, weight in pieces.weights.items():
+        if (axis := pieces.scheme.unit_axis(weight)) is not None:
+            first[name], n_slices = n_slices, n_slices + weight.shape[1 - axis]
     for h in pieces.held:
         if (axis := pieces.scheme.unit_axis(h.weight)) is not None:
-            (whole if h.spans[axis].is_whole else cut).append((h.tensor, axis))
-    lengths = [tensor.shape[1 - axis] for tensor, axis in cut]
+            here, other = first[h.name], h.spans[1 - axis]
+            if h.spans[axis].is_whole:
+                whole.append((h.tensor, axis))
+            else:
+                cut.append((h.tensor, axis, slice(here + other.start, here + other.stop)))
     group = pieces.mesh.group("dp_shard")
 
     @torch.no_grad()
     def project() -> None:
         for matrix, axis in whole:
             to_unit(matrix, axis)
-        if cut:  # by FSDP2, along the axis of the norm
-            squares = torch.cat([matrix.square().sum(axis) for matrix, axis in cut])
+        if group is not None and n_slices:
+            squares = torch.zeros(n_slices, dtype=pieces.tensors[0].dtype, device=pieces.mesh.device)
+            for matrix, axis, place in cut:
+                squares[place] += matrix.square().sum(axis)
             dist.all_reduce(squares, group=group)
-            for (matrix, axis), norm in zip(cut, squares.sqrt().split(lengths), strict=True):
-                matrix.div_(norm.unsqueeze(axis))
+            norms = squares.sqrt()
+            for matrix, axis, place in cut:
+                matrix.div_(norms[place].unsqueeze(axis))
 
     return project

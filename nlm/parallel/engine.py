@@ -16,6 +16,8 @@ from nlm.model import Transformer
 from nlm.optim import adamw, clip_gradients, projection
 from nlm.parallel.pieces import Pieces
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class Engine(ABC):
     """Drives this rank's parts of the stack, `models`, in step with the other ranks.
@@ -24,17 +26,12 @@ class Engine(ABC):
     number, so that what comes out is the gradient of the mean over all targets of the batch.
     """
 
-    def __init__(
-        self, config: Config, mesh: Mesh, models: Sequence[Transformer], weights: Mapping[str, Weight]
-    ) -> None:
-        self.config, self.mesh, self.models = config, mesh, models
+    def __init__(self, config: Config, mesh: Mesh, models: Sequence[Transformer], pieces: Pieces) -> None:
+        self.config, self.mesh, self.models, self.pieces = config, mesh, models, pieces
         self.microbatches = config.parallel.microbatches
         self.scale = mesh.data_size / config.train.batch_tokens
         for model in models:
             model.precision = config.train.precision
-        self.pieces = Pieces(models, mesh, weights)
-        self.optimizer = adamw(self.pieces, config.optim)
-        self._project = projection(self.pieces)
 
     @abstractmethod
     def forward_backward(self, rows: Tensor) -> Tensor:
@@ -43,6 +40,18 @@ class Engine(ABC):
     @abstractmethod
     def forward(self, rows: Tensor) -> Tensor:
         """Rows [B S+1] -> [], their summed loss where the last layers are, 0 elsewhere."""
+
+    @abstractmethod
+    def update(self, lr: float) -> None:
+        """One optimizer step at the learning rate `lr`, after which the gradients are gone."""
+
+    @abstractmethod
+    def moments(self) -> dict[str, list[Tensor]]:
+        """AdamW's exp_avg and exp_avg_sq, one a piece each; they share the optimizer's memory."""
+
+    @abstractmethod
+    def start_after(self, step: int) -> None:
+        """Goes on from pieces that were changed in place, with moments (zero as yet) of so many steps."""
 
     def loss(self, rows: Tensor) -> Tensor:
         """Rows [B S+1], the same on all ranks -> [], their summed loss, likewise."""
@@ -76,8 +85,19 @@ class Engine(ABC):
         """-> the gradient's global norm [] and the norms of all parameters' gradients [P], before clipping."""
         return clip_gradients(self.pieces, self.config.optim.clip)
 
+
+class TorchEngine(Engine):
+    """An engine whose pieces torch's own AdamW updates."""
+
+    def __init__(
+        self, config: Config, mesh: Mesh, models: Sequence[Transformer], weights: Mapping[str, Weight]
+    ) -> None:
+        super().__init__(config, mesh, models, Pieces(models, mesh, weights))
+        pieces = self.pieces
+        self.optimizer = adamw(((h.tensor, h.weight) for h in pieces.held), pieces.scheme, config.optim)
+        self._project = projection(pieces)
+
     def update(self, lr: float) -> None:
-        """One optimizer step at the learning rate `lr`, after which the gradients are gone."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         for tensor, gradient in zip(self.pieces.tensors, self.pieces.gradients(), strict=True):
@@ -88,8 +108,16 @@ class Engine(ABC):
         for h in self.pieces.held:
             h.parameter.grad = None
 
+    def moments(self) -> dict[str, list[Tensor]]:
+        return {key: [self.optimizer.state[tensor][key] for tensor in self.pieces.tensors] for key in MOMENTS}
 
-class WholeEngine(Engine):
+    def start_after(self, step: int) -> None:
+        for tensor in self.pieces.tensors:
+            zeros = {key: torch.zeros_like(tensor) for key in MOMENTS}
+            self.optimizer.state[tensor] = {"step": torch.tensor(float(step), device=tensor.device)} | zeros
+
+
+class WholeEngine(TorchEngine):
     """The whole stack on every rank: alone, or under DDP, FSDP2 or HSDP, with tensor parallelism or without."""
 
     def __init__(self, config: Config, mesh: Mesh, model: Transformer, weights: Mapping[str, Weight]) -> None:

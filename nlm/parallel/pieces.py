@@ -1,5 +1,6 @@
 """What the ranks hold of the parameters, as plain tensors, and what only all of them together know of them."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import TypeVar
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from nlm.anatomy import Weight
 from nlm.mesh import Mesh
-from nlm.model import Transformer, held
+from nlm.model import Held, Transformer, held
 
 T = TypeVar("T")
 BUCKET_ELEMENTS = 2**23
@@ -22,14 +23,19 @@ class Pieces:
     """This rank's pieces of the parameters of `models`, its parts of the stack.
 
     Optimizer, clipping, projection, statistics and checkpoints work on them, so that none needs to know the layout.
-    `weights` has the parameters of the whole model, in its order; vectors [P] follow it.
+    `weights` has the parameters of the whole model, in its order; vectors [P] follow it. `pieces` are for an engine
+    that divides the parameters in its own way, perhaps into several pieces each.
     """
 
     def __init__(
-        self, models: Sequence[Transformer], mesh: Mesh | None = None, weights: Mapping[str, Weight] | None = None
+        self,
+        models: Sequence[Transformer],
+        mesh: Mesh | None = None,
+        weights: Mapping[str, Weight] | None = None,
+        pieces: Sequence[Held] | None = None,
     ) -> None:
         self.mesh, self.scheme = mesh or Mesh(), models[0].scheme
-        self.held = [h for model in models for h in held(model)]
+        self.held = [h for model in models for h in held(model)] if pieces is None else pieces
         self.weights = weights or {h.name: h.weight for h in self.held}
         self.tensors = [h.tensor for h in self.held]
         sizes, tp = self.mesh.sizes, self.mesh.tp
@@ -65,11 +71,11 @@ class Pieces:
         """After the last backward of a step: completes what the data parallel engine does not -> the gradients."""
         gradients = self.gradients()
         if group := self.mesh.group("dp_replicate"):
-            _all_reduce([gradients[i] for i in self._average], group, 1 / group.size())
+            all_reduce([gradients[i] for i in self._average], group, 1 / group.size())
         if self._tied:
             self._sum_tied([gradients[i] for i in self._tied])
         if group := self.mesh.group("tp"):
-            _all_reduce([gradients[i] for i in self._partial], group)
+            all_reduce([gradients[i] for i in self._partial], group)
         return gradients
 
     def _sum_tied(self, gradients: list[Tensor]) -> None:
@@ -88,30 +94,32 @@ class Pieces:
         """
         squares = torch.zeros(len(self.weights), dtype=torch.float64, device=self.mesh.device)
         if self.counted:
-            norms = torch._foreach_norm([tensors[i] for i in self.counted])
-            squares[self._places] = torch.stack(norms).double().square()
+            norms = torch.stack(torch._foreach_norm([tensors[i] for i in self.counted]))
+            squares.index_add_(0, self._places, norms.to(squares).square())
         return self.mesh.sum(squares).sqrt()
 
     def gather(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Tensors, one a piece -> the whole ones by name, in CPU memory of the rank that speaks; {} elsewhere."""
         if self.mesh.device_mesh is None:
             return {h.name: tensor for h, tensor in zip(self.held, tensors, strict=True)}
-        ours = {self.held[i].name: i for i in self.counted}
+        ours: dict[str, list[int]] = defaultdict(list)
+        for i in self.counted:
+            ours[self.held[i].name].append(i)
         gathered: dict[str, Tensor] = {}
         for bucket in _buckets(list(self.weights.items()), lambda entry: prod(entry[1].shape)):
             sizes = [prod(weight.shape) for _, weight in bucket]
             flat = torch.zeros(sum(sizes), dtype=tensors[0].dtype, device=self.mesh.device)
             wholes = [f.view(weight.shape) for f, (_, weight) in zip(flat.split(sizes), bucket, strict=True)]
             for whole, (name, _) in zip(wholes, bucket, strict=True):
-                if name in ours:
-                    self.held[ours[name]].part_of(whole).copy_(tensors[ours[name]])
+                for i in ours[name]:
+                    self.held[i].part_of(whole).copy_(tensors[i])
             dist.reduce(flat, 0)
             if self.mesh.speaks:
                 gathered |= {name: whole.cpu() for whole, (name, _) in zip(wholes, bucket, strict=True)}
         return gathered
 
 
-def _all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup, factor: float = 1.0) -> None:
+def all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None, factor: float = 1.0) -> None:
     """In place: the sum over the ranks times `factor`, in few collectives."""
     for bucket in _buckets(tensors, Tensor.numel):
         flat = torch.cat([t.flatten() for t in bucket])

@@ -14,7 +14,7 @@ from nlm.layout import V_SCHEDULES
 from nlm.mesh import Mesh
 from nlm.model import Part, Transformer
 from nlm.parallel.deferred import DeferredGradients
-from nlm.parallel.engine import Engine
+from nlm.parallel.engine import TorchEngine
 
 SCHEDULES = {
     "1f1b": Schedule1F1B,
@@ -55,7 +55,7 @@ def stages_of(rank: int, parallel: ParallelConfig) -> list[int]:
     return list(range(rank, parallel.n_stages, parallel.pp))
 
 
-class PipelineEngine(Engine):
+class PipelineEngine(TorchEngine):
     """This rank's stages of the pipeline, driven by one of torch's schedules."""
 
     def __init__(

@@ -19,7 +19,7 @@ def shard(model: Transformer, parallel: ParallelConfig, mesh: Mesh) -> None:
 
     Under a pipeline the parameters stay gathered through the step: every microbatch would gather them anew.
     """
-    if mesh.device_mesh is None or mesh.sizes["dp_shard"] == 1:
+    if mesh.device_mesh is None or mesh.sizes["dp_shard"] == 1 or parallel.engine != "torch":
         return
     axes = ("dp_replicate", "dp_shard") if mesh.sizes["dp_replicate"] > 1 else ("dp_shard",)
     divide = partial(

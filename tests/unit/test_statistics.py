@@ -16,7 +16,6 @@ from nlm.config import Config
 from nlm.data import Batches, TokenShard
 from nlm.model import weights
 from nlm.optim import adamw, learning_rate
-from nlm.parallel.pieces import Pieces
 from nlm.statistics.draw import colour_scale, quantity_figure
 from nlm.statistics.report import report
 from nlm.statistics.store import LayerWriter
@@ -57,14 +56,11 @@ def test_recorded_against_an_independent_count(
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    pieces = Pieces([model])
-    optimizer = adamw(pieces, config.optim)
+    optimizer = adamw(((p, w) for _, p, w in weights(model)), model.scheme, config.optim)
     total = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
     assert float(total) > 0
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config.optim, 1, 1) * group["lr_multiplier"]
-    for h in pieces.held:
-        h.tensor.grad = h.parameter.grad
     optimizer.step()
     for _, parameter, weight in weights(model):
         if (axis := model.scheme.unit_axis(weight)) is not None:
