@@ -1,7 +1,9 @@
 """The command line: `nlm VERB …`. Exit code 0 on success, 2 for a bad config or argument, 1 for a failed run."""
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,8 @@ examples:
   nlm train configs/quickstart.toml optim.lr=5e-4 log.dir=runs/slower
   nlm report runs/quickstart runs/slower --out pictures
 """
+
+LAUNCHER_GRACE_S = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(code: int, error: object) -> int:
+    """What all ranks of a launch have to say is printed once where that is possible."""
+    told = getattr(error, "told", None)  # set by nlm.parallel.launch: another rank prints the same
+    if told or (told is None and os.environ.get("LOCAL_RANK", "0") != "0"):
+        time.sleep(
+            LAUNCHER_GRACE_S
+        )  # a launcher ends all ranks with the first that ends: let that be the one that prints
+    if told:
+        return code
     for line in str(error).splitlines():
         print(f"nlm: {line}", file=sys.stderr)
     return code

@@ -12,7 +12,7 @@ from nlm import SCHEMES
 PACKAGE = Path(nlm.__file__).parent
 LEVELS = [
     ["nlm.anatomy", "nlm.layout"],
-    ["nlm.config", "nlm.parallel.tensor"],
+    ["nlm.config", "nlm.parallel.tensor", "nlm.parallel.watch"],
     ["nlm.norms", "nlm.runtime", "nlm.mesh", "nlm.data", "nlm.parallel.launch"],
     ["nlm.schemes", "nlm.attention"],
     ["nlm.model"],

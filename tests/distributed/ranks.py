@@ -1,0 +1,54 @@
+"""A function run as every rank of a small gloo group, in processes of their own."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+DEADLINE_S = 240
+
+
+def run_ranks(n: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Errors: AssertionError with what the first rank that failed said, or for ranks that do not end."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [
+        context.Process(target=_rank, args=(rank, n, port, results, function, arguments), daemon=True)
+        for rank in range(n)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(DEADLINE_S)
+    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    said = []
+    while not results.empty():
+        said.append(results.get())
+    assert not said, "\n".join(said)
+    assert not late, f"ranks {late} did not end within {DEADLINE_S} s"
+    assert all(process.exitcode == 0 for process in processes)
+
+
+def _rank(
+    rank: int, n: int, port: int, results: Any, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=n)
+    try:
+        function(rank, *arguments)
+        dist.barrier()
+    except BaseException:
+        results.put(f"rank {rank}: {traceback.format_exc()}")
+        raise SystemExit(1) from None
+    dist.destroy_process_group()

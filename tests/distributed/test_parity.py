@@ -1,0 +1,79 @@
+"""A part of the parity matrix: every layout, every scheme, every norm and score, and what meets in odd places.
+
+`tools/parity.py` proves the rest, with the same code.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from parity import LAYOUTS, NORM_ROWS, SCHEME_ROWS, VARIANT_ROWS, Ranks, Row, cell, deep, write_tokens
+
+SCHEMES = list(SCHEME_ROWS.values())
+
+
+def chosen() -> Iterator[tuple[Row, str]]:
+    for i, layout in enumerate(LAYOUTS):
+        yield SCHEMES[i % len(SCHEMES)], layout
+    for row in SCHEMES:
+        yield row, "fsdp2xtp2xpp2"
+    for row in NORM_ROWS.values():
+        yield row, "tp2+sp"
+    for name, layout in (
+        ("bias", "tp2+sp"),
+        ("tied", "pp2-1f1b"),
+        ("tied", "pp2-zbv"),
+        ("learned positions", "tp2+sp"),
+        ("recompute", "pp2-zbv"),
+        ("recompute", "fsdp2"),
+        ("compile", "tp2+sp"),
+        ("compile", "fsdp2"),
+    ):
+        yield VARIANT_ROWS[name], layout
+
+
+CELLS = sorted(
+    {
+        (row.name, layout): (replace(row, precision="fp32" if layout.startswith("zero") else "fp64"), layout)
+        for row, layout in [*chosen(), (deep(200, "fp64"), "pp4-zbv")]
+    }.items()
+)
+
+
+class Prover:
+    """Runs cells, each model in one process once only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ranks = folder, Ranks()
+        write_tokens(folder)
+
+    def close(self) -> None:
+        self.ranks.close()
+
+    def prove(self, row: Row, layout: str) -> None:
+        reference = row.config(self.folder, None)
+        run = Path(reference.log.dir)
+        if not run.exists():
+            self.ranks.train(reference)
+        found = cell(row, layout, self.folder, run, self.ranks)
+        assert found.good and not found.text.startswith("refused"), found.text
+
+
+@pytest.fixture(scope="module")
+def prover(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prover]:
+    with closing(Prover(tmp_path_factory.mktemp("parity"))) as prover:
+        yield prover
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"), [entry for _, entry in CELLS], ids=[f"{name}-{layout}" for (name, layout), _ in CELLS]
+)
+def test_the_layout_changes_nothing(row: Row, layout: str, prover: Prover) -> None:
+    prover.prove(row, layout)
+
+
+def test_everything_is_in_it() -> None:
+    assert {layout for (_, layout), _ in CELLS} == set(LAYOUTS)
+    assert {name for (name, _), _ in CELLS} >= set(SCHEME_ROWS) | set(NORM_ROWS)
