@@ -34,9 +34,8 @@ def _fail(code: int, error: object) -> int:
     """What all ranks of a launch have to say is printed once where that is possible."""
     told = getattr(error, "told", None)  # set by nlm.parallel.launch: another rank prints the same
     if told or (told is None and os.environ.get("LOCAL_RANK", "0") != "0"):
-        time.sleep(
-            LAUNCHER_GRACE_S
-        )  # a launcher ends all ranks with the first that ends: let that be the one that prints
+        # A launcher ends all ranks with the first that ends: let that be the one that prints.
+        time.sleep(LAUNCHER_GRACE_S)
     if told:
         return code
     for line in str(error).splitlines():

@@ -41,7 +41,7 @@ STEPS = 5
 LIMITS = {"fp32": 1e-5, "fp64": 1e-9}
 STORED = 1e-6
 """Limit of the layers' statistics in float64 runs: they are stored in float32."""
-DEADLINE_S = 900
+DEADLINE_S = 240
 
 Table = dict[str, Any]
 LAYOUTS: dict[str, Table] = {

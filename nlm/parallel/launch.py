@@ -10,12 +10,12 @@ import platform
 import socket
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from hashlib import sha256
-from itertools import count
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -119,7 +119,8 @@ def _require_ranks(parallel: ParallelConfig, came: int) -> None:
     )
 
 
-_joins = count()
+_joins: Counter[str] = Counter()
+"""How often this process has met others at which store."""
 
 
 def _join(me: Me, what: Mapping[str, Any], limits: Limits) -> Store:
@@ -131,7 +132,8 @@ def _join(me: Me, what: Mapping[str, Any], limits: Limits) -> Store:
         tcp = _within(2 * limits.answer_s, lambda: _connect(me, limits.answer_s))
         # Of a launch before a restart, or of an earlier run of these processes, nothing is in the way.
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"nlm/{me.world_size}/{restart}/{next(_joins)}", tcp)
+        store = PrefixStore(f"nlm/{me.world_size}/{restart}/{_joins[me.store]}", tcp)
+        _joins[me.store] += 1
         # Rank 0 writes as soon as it hosts a store: a store without its digest is another's.
         if not (me.rank == 0 or me.agent or until(lambda: store.check(["digest"]), limits.answer_s)):
             raise TimeoutError

@@ -18,7 +18,7 @@ def chosen() -> Iterator[tuple[Row, str]]:
     for i, layout in enumerate(LAYOUTS):
         yield SCHEMES[i % len(SCHEMES)], layout
     for row in SCHEMES:
-        yield row, "fsdp2xtp2xpp2"
+        yield row, "tp2+sp"
     for row in NORM_ROWS.values():
         yield row, "tp2+sp"
     for name, layout in (
