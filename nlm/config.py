@@ -215,7 +215,8 @@ class LogConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Validation loss over the first `batches` batches, every `every` steps (0: only after the last)."""
+    """Validation loss over the first `batches` batches of `train.batch_tokens`, every `every` steps (0: only after
+    the last)."""
 
     every: NonNegativeInt = 0
     batches: PositiveInt = 10

@@ -124,8 +124,9 @@ class Corpus:
     def validation_batches(self) -> Iterator[NDArray[np.int64]]:
         assert self.validation is not None, "there is no validation data"
         config = self.config
-        rows = config.batch_rows // config.parallel.microbatches
-        return validation_batches(self.validation.tokens, config.train.seq_len, rows, config.evaluate.batches)
+        return validation_batches(
+            self.validation.tokens, config.train.seq_len, config.batch_rows, config.evaluate.batches
+        )
 
 
 def _open(key: str, prefix: str, vocab_size: int) -> TokenShard:

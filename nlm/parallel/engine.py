@@ -55,9 +55,12 @@ class Engine(ABC):
 
     def loss(self, rows: Tensor) -> Tensor:
         """Rows [B S+1], the same on all ranks -> [], their summed loss, likewise."""
-        divides = len(rows) % self.mesh.data_size == 0
-        mine = rows.chunk(self.mesh.data_size)[self.mesh.data_rank] if divides else rows
-        return self.total(self.forward(mine.to(self.mesh.device)) / (1 if divides else self.mesh.data_size))
+        size = self.mesh.data_size
+        divides = len(rows) % size == 0
+        mine = rows.chunk(size)[self.mesh.data_rank] if divides else rows
+        parts = mine.to(self.mesh.device).chunk(self.microbatches)
+        share = torch.stack([self.forward(part).double() for part in parts]).sum()
+        return self.total(share if divides else share / size)
 
     def total(self, share: Tensor) -> Tensor:
         """[] -> []: the sum over all ranks, in float64; tensor parallel ranks all have the same share."""

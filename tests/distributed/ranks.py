@@ -13,11 +13,15 @@ import torch.multiprocessing as mp
 DEADLINE_S = 240
 
 
-def run_ranks(n: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Errors: AssertionError with what the first rank that failed said, or for ranks that do not end."""
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return int(s.getsockname()[1])
+
+
+def run_ranks(n: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Errors: AssertionError with what the first rank that failed said, or for ranks that do not end."""
+    port = free_port()
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
     processes = [

@@ -105,7 +105,10 @@ def test_all_problems_at_once(minimal: Path) -> None:
         ("model.scheme.name", "'pre_ln'"),
         ("model.norm", "'rmsnorm'"),
         ("model.attention.score", "'qknorm'"),
-        ("train.batch_tokens", "multiple of train.seq_len · parallel.microbatches = 12, got 50"),
+        (
+            "train.batch_tokens",
+            "multiple of train.seq_len · parallel.microbatches · dp_replicate · dp_shard = 12, got 50",
+        ),
         ("optim.warmup_steps", "at most train.steps = 4, got 5"),
         ("optim.lr", "-1.0"),
     ]

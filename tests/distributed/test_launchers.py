@@ -1,0 +1,125 @@
+"""`nlm train` as people start it on several ranks: one speaks, the numbers are those of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ranks import free_port
+from safetensors.torch import load_file
+
+from nlm.config import Config
+from nlm.train import train
+
+RunConfig = Callable[..., Config]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators=2", "--module"]
+
+
+def launch(command: list[str], config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    nlm = ["-m", "nlm"] if command is TORCHRUN else ["nlm"]
+    port = "--master-port" if command is TORCHRUN else "--master_port"
+    return subprocess.run(
+        [*command, f"{port}={free_port()}", *nlm, "train", str(config), *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=240,
+    )
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def one(run_config: RunConfig) -> Config:
+    config = run_config("one", data={"validation": run_config("unused").data.train}, evaluate={"batches": 3})
+    train(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("command", "layout"),
+    [
+        (TORCHRUN, ["parallel.tp=2"]),
+        (TORCHRUN, ["parallel.pp=2", "parallel.microbatches=2"]),
+        (DEEPSPEED, ["parallel.dp_replicate=2"]),
+        (DEEPSPEED, ["parallel.engine=deepspeed", "parallel.zero=3", "parallel.dp_shard=2"]),
+    ],
+    ids=["torchrun-tp", "torchrun-pp", "deepspeed-ddp", "deepspeed-zero3"],
+)
+def test_a_run(command: list[str], layout: list[str], one: Config, tmp_path: Path) -> None:
+    path, run = tmp_path / "config.toml", tmp_path / "run"
+    path.write_text(one.to_toml())
+    done = launch(command, path, f"log.dir={run}", *layout)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("parameters in 3 layers on cpu x") == 1, done.stdout
+    assert done.stdout.count("step 8/8") == 1, done.stdout
+    reference = Path(one.log.dir)
+    assert losses(run) == pytest.approx(losses(reference), rel=1e-5)
+    last, expected = (json.loads((r / "metrics.jsonl").read_text().splitlines()[-1]) for r in (run, reference))
+    assert last["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-5)
+
+
+def test_a_run_goes_on_in_another_layout(run_config: RunConfig, tmp_path: Path) -> None:
+    """Five steps in one process, two on pipeline ranks, two under ZeRO-2: as nine in one process."""
+    constant = {"schedule": "constant"}
+    straight = train(run_config("straight", train={"steps": 9}, optim=constant))
+    config = run_config("moved", train={"steps": 5}, optim=constant)
+    run = train(config)
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml())
+    for command, *overrides in (
+        (TORCHRUN, "train.steps=7", "parallel.pp=2", "parallel.microbatches=2"),
+        (DEEPSPEED, "train.steps=9", "parallel.engine=deepspeed", "parallel.zero=2", "parallel.dp_shard=2"),
+    ):
+        done = launch(command, path, *overrides)
+        assert done.returncode == 0, done.stdout
+    assert losses(run) == pytest.approx(losses(straight), rel=1e-5)
+    for file in ("model", "optimizer"):
+        ours, theirs = (load_file(r / f"checkpoints/step-00000009/{file}.safetensors") for r in (run, straight))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert (tensor - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize("layout", [["dp_replicate=2"], ["dp_shard=2"], ["tp=2"], ["pp=2", "microbatches=2"]], ids=str)
+def test_nan_on_one_rank_ends_all(layout: list[str], one: Config, tmp_path: Path) -> None:
+    path, run = tmp_path / "config.toml", tmp_path / "run"
+    path.write_text(one.to_toml())
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISON)
+    overrides = [f"log.dir={run}", *(f"parallel.{part}" for part in layout)]
+    done = subprocess.run(
+        [*TORCHRUN, f"--master-port={free_port()}", str(script), "train", str(path), *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=240,
+    )
+    assert done.returncode == 1, done.stdout
+    assert done.stdout.count("nlm: step 1: loss") == 1 and "gradient norm nan" in done.stdout, done.stdout
+    assert not list(run.glob("checkpoints/step-*")), "a checkpoint of nothing but NaN"
+
+
+POISON = """
+import os, sys
+import nlm.train
+from nlm.build import build_engine
+from nlm.cli import main
+
+def poisoned(config, mesh):
+    engine = build_engine(config, mesh)
+    if os.environ["RANK"] == "1":
+        engine.pieces.tensors[3].view(-1)[0] = float("nan")
+    return engine
+
+nlm.train.build_engine = poisoned
+sys.exit(main(sys.argv[1:]))
+"""
