@@ -155,9 +155,8 @@ VARIANT_ROWS = {
 
 def deep(n_layers: int, precision: str) -> Row:
     layouts = ("tp2", "fsdp2", "pp4-1f1b", "pp4-zbv")
-    return Row(
-        f"{n_layers:,} layers", TINY | {"scheme": {"name": "deepnorm"}, "n_layers": n_layers}, layouts, {}, precision
-    )
+    model = TINY | {"scheme": {"name": "deepnorm"}, "n_layers": n_layers}
+    return Row(f"{n_layers:,} layers", model, layouts, precision=precision)
 
 
 def write_tokens(folder: Path) -> None:
