@@ -12,6 +12,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from nlm.attention import SCORES
 from nlm.config import AttentionChoice, Config, ConfigError, Table, describe, nearest, read_table
 from nlm.init import init
+from nlm.layout import layout_problems
 from nlm.mesh import Mesh
 from nlm.model import Transformer, held
 from nlm.norms import NORMS
@@ -38,6 +39,7 @@ def parse_config(table: Table) -> Config:
     config: Config | None = None
     try:
         config = Config.parse(table)
+        problems += layout_problems(config)
     except ConfigError as error:
         problems += error.problems
     model = table.get("model")

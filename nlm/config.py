@@ -24,8 +24,6 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from nlm.layout import layout_problems
-
 Table = dict[str, Any]
 
 
@@ -250,7 +248,7 @@ class Config(Section):
             derived = [("model", key) for key in ("n_kv_heads", "head_dim", "ffn_dim")]
             own = (p for p in error.errors() if not (p["type"] == "missing" and p["loc"] in derived))
             raise ConfigError([*describe(own), *_contradictions(table)]) from None
-        if problems := [*_contradictions(config.model_dump()), *layout_problems(config)]:
+        if problems := list(_contradictions(config.model_dump())):
             raise ConfigError(problems)
         return config
 

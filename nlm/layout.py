@@ -1,16 +1,14 @@
 """Which layouts a model can be trained in: everything that stands against one, each with what to type instead."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from nlm.config import Config
+from nlm.config import Config
 
 V_SCHEDULES = {"zbv", "dualpipev"}
 """Schedules that place weight gradients on their own; each rank holds two stages, which form a V."""
 
 
-def layout_problems(config: "Config") -> Iterator[str]:
+def layout_problems(config: Config) -> Iterator[str]:
     """One line a problem of a config that is otherwise valid; none for a layout that can work."""
     yield from _tensor(config)
     yield from _pipeline(config)
@@ -19,7 +17,7 @@ def layout_problems(config: "Config") -> Iterator[str]:
         yield from _deepspeed(config)
 
 
-def _tensor(config: "Config") -> Iterator[str]:
+def _tensor(config: Config) -> Iterator[str]:
     parallel, model = config.parallel, config.model
     if parallel.tp == 1:
         if parallel.sequence_parallel:
@@ -41,7 +39,7 @@ def _tensor(config: "Config") -> Iterator[str]:
         )
 
 
-def _pipeline(config: "Config") -> Iterator[str]:
+def _pipeline(config: Config) -> Iterator[str]:
     parallel, n_layers = config.parallel, config.model.n_layers
     if parallel.stages_per_rank is not None and parallel.schedule != "interleaved":
         yield f"parallel.stages_per_rank: is of the interleaved schedule, not of {parallel.schedule!r}; remove it"
@@ -71,7 +69,7 @@ def _pipeline(config: "Config") -> Iterator[str]:
         )
 
 
-def _data(config: "Config") -> Iterator[str]:
+def _data(config: Config) -> Iterator[str]:
     parallel = config.parallel
     torch_sharded = parallel.engine == "torch" and parallel.dp_shard > 1
     if not torch_sharded:
@@ -84,7 +82,7 @@ def _data(config: "Config") -> Iterator[str]:
                 yield f"parallel.{key}: is DeepSpeed's; set parallel.engine = 'deepspeed' or use dp_shard"
 
 
-def _deepspeed(config: "Config") -> Iterator[str]:
+def _deepspeed(config: Config) -> Iterator[str]:
     parallel = config.parallel
     zero = parallel.zero or 0
     if parallel.pp > 1:

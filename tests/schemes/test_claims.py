@@ -233,7 +233,14 @@ def test_k10_gradients_do_not_follow_the_activations(make_config: MakeConfig) ->
     def gradient(scheme: Scheme, factor: float) -> float:
         config = make_config({"dim": 64, "ffn_dim": 256, "n_layers": 1})
         model = init(
-            Transformer(config.model, 12, scheme, lambda n: NORMS["layernorm"](n, 1e-5, False), SCORES["softmax"]), 0
+            Transformer(
+                config.model,
+                12,
+                scheme,
+                lambda width, tp: NORMS["layernorm"](width, tp, 1e-5, False),
+                SCORES["softmax"],
+            ),
+            0,
         )
         ffn = model.blocks["0"].ffn
         with torch.no_grad():
@@ -311,13 +318,13 @@ def test_k13_logits_are_bounded_by_g() -> None:
 
 @pytest.mark.parametrize(("seq_len", "g0"), [(64, 11.977), (128, 13.989), (1024, 19.999)])
 def test_k14_g0(make_config: MakeConfig, seq_len: int, g0: float) -> None:
-    """K14: log2(T² - T), one float32 scalar a layer, or the number of the config."""
+    """K14: log2(T² - T), one float32 number a layer, or the number of the config."""
     train = {"seq_len": seq_len, "batch_tokens": seq_len}
     model = build_model(make_config({"attention": {"score": "qknorm"}}, train=train))
     scales = [p for name, p in model.named_parameters() if name.endswith("score.g")]
     assert len(scales) == model.config.n_layers
     for g in scales:
-        assert g.shape == () and g.dtype == torch.float32
+        assert g.shape == (1,) and g.dtype == torch.float32
         assert g.item() == pytest.approx(g0, abs=1e-3) == pytest.approx(log2(seq_len**2 - seq_len), abs=1e-3)
     chosen = build_model(make_config({"attention": {"score": "qknorm", "g0": 7.0}}))
     assert chosen.get_parameter("blocks.0.attn.score.g").item() == 7.0

@@ -91,7 +91,7 @@ class Transcription:
                 # On both sides in the paper; before a cosine, where that differs, it is all on the query.
                 q, k, scale = s * s * unit(q), unit(k), sqrt(self.model.head_dim)
             if score == "qknorm":
-                q, k, scale = unit(q), unit(k), float(self.p[f"{at}.score.g"])
+                q, k, scale = unit(q), unit(k), self.p[f"{at}.score.g"].item()
             out = np.empty_like(v)
             for t in range(len(x)):
                 weight = np.exp(scale * (k[: t + 1] @ q[t]))

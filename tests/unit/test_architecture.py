@@ -11,9 +11,9 @@ from nlm import SCHEMES
 
 PACKAGE = Path(nlm.__file__).parent
 LEVELS = [
-    ["nlm.anatomy", "nlm.layout"],
-    ["nlm.config", "nlm.parallel.tensor", "nlm.parallel.watch"],
-    ["nlm.norms", "nlm.runtime", "nlm.mesh", "nlm.data", "nlm.parallel.launch"],
+    ["nlm.anatomy", "nlm.config", "nlm.parallel.watch"],
+    ["nlm.layout", "nlm.parallel.tensor", "nlm.parallel.launch"],
+    ["nlm.norms", "nlm.runtime", "nlm.mesh", "nlm.data"],
     ["nlm.schemes", "nlm.attention"],
     ["nlm.model"],
     ["nlm.init", "nlm.parallel.pieces"],

@@ -184,9 +184,3 @@ def test_without_statistics_there_are_none(run_config: RunConfig) -> None:
 def test_the_resolved_config_is_in_the_run(run_config: RunConfig) -> None:
     config = run_config("config")
     assert (train(config) / "config.toml").read_text() == config.to_toml()
-
-
-def test_one_process_only(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="expected one process, but the launcher started 2"):
-        train(run_config("many"))
