@@ -279,6 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=[*BENCHES, *layouts(0)])
     parser.add_argument("--layers", type=int, default=200, help="of tp, pp and dp")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders beside the first; by default all")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2, help="of peers, depth and statistics")
     options = parser.parse_args()
@@ -287,6 +288,12 @@ def main() -> None:
         steps, contenders, threads = 1, many[options.bench], 1
     else:
         (steps, contenders), threads = BENCHES[options.bench], options.threads
+    if options.only is not None:
+        unknown = set(options.only) - set(contenders)
+        if unknown:
+            parser.error(f"--only: no contender {', '.join(sorted(unknown))}; there are {', '.join(contenders)}")
+        first = next(iter(contenders))
+        contenders = {name: made for name, made in contenders.items() if name == first or name in options.only}
     for record in race(steps, contenders, options.rounds, threads):
         print(json.dumps(record), flush=True)
 
