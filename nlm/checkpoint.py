@@ -139,8 +139,7 @@ def _restore_parameters(path: Path, pieces: Sequence[Held]) -> None:
 
 def _part(saved: Any, key: str, h: Held) -> Tensor:
     """What a rank holds of a tensor in the file, on the rank's device; no more than that is read."""
-    spans = tuple(slice(span.start, span.stop) for span in h.spans)
-    tensor: Tensor = saved.get_slice(key)[spans]
+    tensor: Tensor = saved.get_slice(key)[h.slices]
     return tensor.to(h.tensor.device, h.tensor.dtype)
 
 

@@ -349,9 +349,14 @@ class Held:
     divided: bool
     inside: bool
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Where the part that the rank holds lies in the whole parameter."""
+        return tuple(slice(span.start, span.stop) for span in self.spans)
+
     def part_of(self, whole: Tensor) -> Tensor:
         """The part that the rank holds of a whole parameter, a view."""
-        return whole[tuple(slice(span.start, span.stop) for span in self.spans)]
+        return whole[self.slices]
 
 
 def held(module: nn.Module, prefix: str = "", site: Site | None = None, inside: bool = False) -> Iterator[Held]:

@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing as mp
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from launched import free_port
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -267,12 +267,6 @@ def race(steps: int, contenders: dict[str, Contender], rounds: int, threads: int
             "wall_ratio": round(first["wall"] / wall, 3),
             "peak_gib": round(turns[-1][2], 2),
         }
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def main() -> None:

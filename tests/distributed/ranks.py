@@ -1,7 +1,6 @@
 """A function run as every rank of a small gloo group, in processes of their own."""
 
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from launched import free_port
 
 DEADLINE_S = 240
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def run_ranks(n: int, function: Callable[..., None], *arguments: Any) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from launched import free_port
 
 import nlm
 from nlm.cli import main
@@ -29,12 +30,6 @@ WORKER = Path(__file__).with_name("faulty_rank.py")
 HOST = socket.gethostname()
 DEADLINE_S = 240  # most of it for importing torch, on a machine with more to do
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 class Ranks:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ranks import free_port
+from launched import free_port
 from safetensors.torch import load_file
 
 from nlm.config import Config
