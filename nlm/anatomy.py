@@ -58,6 +58,10 @@ class Span:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def inner(self, start: int, stop: int) -> "Span":
+        """The span of its own indices start … stop-1."""
+        return Span(self.start + start, self.start + stop, self.full)
+
     def __mul__(self, inner: int) -> "Span":
         """The span of this axis flattened with a whole axis inside it."""
         return Span(self.start * inner, self.stop * inner, self.full * inner)

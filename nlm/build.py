@@ -14,7 +14,7 @@ from nlm.config import AttentionChoice, Config, ConfigError, Table, describe, ne
 from nlm.init import init
 from nlm.layout import layout_problems
 from nlm.mesh import Mesh
-from nlm.model import Transformer, held
+from nlm.model import Part, Transformer, held
 from nlm.norms import NORMS
 from nlm.parallel.compile import compile_model
 from nlm.parallel.engine import Engine, WholeEngine
@@ -54,35 +54,32 @@ def build_model(config: Config, seed: int | None = None, device: str | torch.dev
     return init(design(config).to_empty(device=device), config.train.seed if seed is None else seed)
 
 
-def design(config: Config, tp: TensorParallel | None = None) -> Transformer:
-    """A tensor parallel rank's part of the model, without memory of its own yet."""
+def design(config: Config, tp: TensorParallel | None = None, part: Part | None = None) -> Transformer:
+    """The model or a part of its stack, of it what a tensor parallel rank holds, without memory of its own yet."""
     model = config.model
     scheme = SCHEMES[model.scheme.name](**model.scheme.fields)
     score = partial(SCORES[model.attention.score], **model.attention.fields)
     norm = partial(NORMS[model.norm], eps=model.norm_eps, bias=model.bias)
     with torch.device("meta"):
-        return Transformer(model, config.train.seq_len, scheme, norm, score, tp)
+        return Transformer(model, config.train.seq_len, scheme, norm, score, tp, part)
 
 
 def build_engine(config: Config, mesh: Mesh) -> Engine:
     """What trains the model in the layout of the config, with this rank's parts of it, initialized."""
     parallel = config.parallel
-    stages = stages_of(mesh.rank("pp"), parallel) if parallel.pp > 1 else [0]
-    parts = split(config.model, config.train.seq_len, parallel.n_stages)
     whole = design(config, mesh.tp)
     weights = {h.name: h.weight for h in held(whole)}
-    models = []
-    for stage in stages:
-        model = whole if len(stages) == 1 else design(config, mesh.tp)
-        model.keep(parts[stage])
-        models.append(prepare(model, config, mesh))
     if parallel.pp > 1:
+        parts = split(config.model, config.train.seq_len, parallel.n_stages)
+        stages = stages_of(mesh.rank("pp"), parallel)
+        models = [prepare(design(config, mesh.tp, parts[stage]), config, mesh) for stage in stages]
         return PipelineEngine(config, mesh, models, weights, stages)
+    model = prepare(whole, config, mesh)
     if parallel.engine == "deepspeed":
         from nlm.parallel.deepspeed import DeepSpeedEngine  # an optional extra, imported only when chosen
 
-        return DeepSpeedEngine(config, mesh, models[0], weights)
-    return WholeEngine(config, mesh, models[0], weights)
+        return DeepSpeedEngine(config, mesh, model, weights)
+    return WholeEngine(config, mesh, model, weights)
 
 
 def prepare(model: Transformer, config: Config, mesh: Mesh) -> Transformer:

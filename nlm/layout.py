@@ -90,11 +90,6 @@ def _deepspeed(config: Config) -> Iterator[str]:
             "parallel.pp: under DeepSpeed a pipeline is a model of its own kind (PipelineModule), which ZeRO 2 and 3 "
             "refuse; set pp = 1, or engine = 'torch', which pipelines with dp_shard"
         )
-    if parallel.tp > 1:
-        yield (
-            "parallel.tp: ZeRO has reduced and divided the gradients before those that tensor parallel ranks share can "
-            "be summed; set tp = 1, or engine = 'torch', which combines tp with dp_shard"
-        )
     if config.train.precision == "fp64":
         yield "train.precision: DeepSpeed's optimizers keep float32; set fp32 or bf16"
     if zero == 0 and parallel.dp_shard > 1:

@@ -218,10 +218,10 @@ class Part:
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model, tokens [B S] -> logits [B S V], of which tensor parallel ranks hold parts.
+    """A decoder-only language model, tokens [B S] -> logits [B S V], or a part of its stack.
 
-    Its parameters are unfilled until `init`. `seq_len` is the context length of training: learned and tabulated
-    positions end there.
+    Its parameters are unfilled until `init`; tensor parallel ranks hold parts of them. `seq_len` is the context length
+    of training: learned and tabulated positions end there.
     """
 
     def __init__(
@@ -232,10 +232,11 @@ class Transformer(nn.Module):
         norm: Callable[[Span, TensorParallel], nn.Module],
         score: Callable[[Heads], Softmax],
         tp: TensorParallel | None = None,
+        part: Part | None = None,
     ) -> None:
         super().__init__()
         self.config, self.scheme = config, scheme
-        self.part = Part(range(config.n_layers), first=True, last=True)
+        self.part = part = part or Part(range(config.n_layers), first=True, last=True)
         self.tp = tp = tp or TensorParallel()
         sizes: dict[Axis, int] = {
             "dim": config.dim,
@@ -250,40 +251,32 @@ class Transformer(nn.Module):
         design = Design(scheme, lambda width: norm(width, tp), partial(score, heads), spans, tp)
         ends = Site(0, config.n_layers, "stack", config.dim)
 
-        self.embed: Embedding | None = Embedding(spans["vocab"], spans["dim"], tp)
+        # A tied table stands at both ends.
+        embeds = part.first or (part.last and config.tied)
+        self.embed = Embedding(spans["vocab"], spans["dim"], tp) if embeds else None
         self.position: Embedding | Sinusoidal | None = None
         self.rotary: Rotary | None = None
         match config.position:
-            case "learned":
+            case "learned" if part.first:
                 self.position = Embedding(Span.whole(seq_len), spans["dim"], tp)
-            case "sinusoidal":
+            case "sinusoidal" if part.first:
                 self.position = Sinusoidal(seq_len, config.dim)
             case "rope" | "rope_interleaved" as kind:
                 self.rotary = Rotary(config.head_dim, seq_len, config.rope_base, kind == "rope_interleaved")
-        self.stem: nn.Module | None = design.slot(ends, "embed")
+        self.stem = design.slot(ends, "embed") if part.first else None
         # Keyed by the layer's number in the whole model, so that a part of the stack keeps its names.
-        self.blocks = nn.ModuleDict({str(l): Block(config, design, l) for l in range(config.n_layers)})
-        self.final: nn.Module | None = design.slot(ends, "final")
-        self.head = None if config.tied else design.linear(Role.HEAD, spans["dim"], spans["vocab"], bias=False)
-        self.logits: nn.Module | None = design.slot(ends, "logits")
-        self.logits.inside = True  # type: ignore[assignment]
+        self.blocks = nn.ModuleDict({str(l): Block(config, design, l) for l in part.layers})
+        self.final = design.slot(ends, "final") if part.last else None
+        has_head = part.last and not config.tied
+        self.head = design.linear(Role.HEAD, spans["dim"], spans["vocab"], bias=False) if has_head else None
+        self.logits = design.slot(ends, "logits") if part.last else None
+        if self.logits is not None:
+            self.logits.inside = True  # type: ignore[assignment]
         self.cross_entropy = CrossEntropy(spans["vocab"], tp)
         self.call_block: Callable[..., tuple[Tensor, Tensor | None]] = lambda block, *args: block(*args)
         # An attribute, not an argument: what wraps a model copies its arguments, lists among them.
         self.signals: list[Tensor] | None = None
         self.precision = "fp32"
-
-    def keep(self, part: Part) -> None:
-        """Drops everything but a part of the stack; a tied table stays at both ends."""
-        self.part = part
-        for layer in set(self.blocks) - {str(l) for l in part.layers}:
-            del self.blocks[layer]
-        if not part.first:
-            self.position = self.stem = None
-            if not (part.last and self.config.tied):
-                self.embed = None
-        if not part.last:
-            self.final = self.head = self.logits = None
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """tokens [B S] -> logits [B S V/n] or, with targets [B S], their summed cross-entropy [].
@@ -354,6 +347,10 @@ class Held:
         """Where the part that the rank holds lies in the whole parameter."""
         return tuple(slice(span.start, span.stop) for span in self.spans)
 
+    def is_partial(self, tp: TensorParallel) -> bool:
+        """Whether its gradient is the sum of what the tensor parallel ranks have."""
+        return tp.size > 1 and not self.divided and (self.inside or tp.sequence)
+
     def part_of(self, whole: Tensor) -> Tensor:
         """The part that the rank holds of a whole parameter, a view."""
         return whole[self.slices]
@@ -380,8 +377,8 @@ def _shard(parameter: DTensor, rows: Span) -> Span:
     """This rank's rows of a parameter that FSDP2 divides, as it does, into chunks of equal length but for the end."""
     mesh = parameter.device_mesh
     chunk = -(-len(rows) // mesh.size(-1))
-    start = min(rows.start + mesh.get_local_rank(mesh.ndim - 1) * chunk, rows.stop)
-    return Span(start, min(start + chunk, rows.stop), rows.full)
+    start = min(mesh.get_local_rank(mesh.ndim - 1) * chunk, len(rows))
+    return rows.inner(start, min(start + chunk, len(rows)))
 
 
 def weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Weight]]:

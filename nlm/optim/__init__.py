@@ -1,8 +1,8 @@
 """Training the weights: groups and AdamW, learning-rate schedules, clipping, projection."""
 
-from nlm.optim.adamw import adamw
+from nlm.optim.adamw import adamw, set_lr
 from nlm.optim.clip import clip_gradients
 from nlm.optim.project import projection
 from nlm.optim.schedule import learning_rate
 
-__all__ = ["adamw", "clip_gradients", "learning_rate", "projection"]
+__all__ = ["adamw", "clip_gradients", "learning_rate", "projection", "set_lr"]

@@ -30,3 +30,9 @@ def adamw(parameters: Iterable[tuple[Tensor, Weight]], scheme: Scheme, config: O
         eps=config.eps,
         fused=True,
     )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The scheduled learning rate `lr`, times each group's multiplier."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_multiplier"]

@@ -16,21 +16,22 @@ from torch import Tensor
 from nlm.anatomy import Span, Weight
 from nlm.config import Config
 from nlm.init import to_unit
-from nlm.mesh import Mesh
+from nlm.mesh import Mesh, MeshAxis
 from nlm.model import Block, Held, Transformer, held
-from nlm.optim import adamw, projection
+from nlm.optim import adamw, projection, set_lr
 from nlm.parallel.engine import MOMENTS, Engine, state_after
 from nlm.parallel.pieces import Pieces, all_reduce
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a piece lies: in a flat buffer of master weights, and in a gradient of the buffer's group."""
+    """Where a piece lies: in a flat buffer of master weights, in a gradient of the buffer's group, in its parameter."""
 
     buffer: int
     offset: int
     gradient: int
     gradient_offset: int
+    parameter_offset: int
     shape: tuple[int, ...]
 
     def view(self, flat: Tensor, offset: int) -> Tensor:
@@ -43,8 +44,11 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: Config, mesh: Mesh, model: Transformer, weights: Mapping[str, Weight]) -> None:
         self.stage = config.parallel.zero or 0
         self.whole = list(held(model))  # ZeRO-3 empties the parameters
+        for h in self.whole:
+            if h.is_partial(mesh.tp):  # completed as it comes, before it is reduced and cut
+                h.parameter.register_hook(mesh.tp.sum)
         optimizer = adamw(((h.parameter, h.weight) for h in self.whole), model.scheme, config.optim)
-        self.engine = self._initialize(config, model, optimizer)
+        self.engine = self._initialize(config, mesh, model, optimizer)
         self.zero = self.engine.optimizer
         self.optimizer: torch.optim.Optimizer = self.zero.optimizer if self.stage else self.zero
         self.buffers = self._buffers()
@@ -60,7 +64,7 @@ class DeepSpeedEngine(Engine):
         axes = ((h, model.scheme.unit_axis(h.weight)) for h in self.whole)
         self._unit = [(h, axis) for h, axis in axes if axis is not None]
 
-    def _initialize(self, config: Config, model: Transformer, optimizer: torch.optim.Optimizer) -> Any:
+    def _initialize(self, config: Config, mesh: Mesh, model: Transformer, optimizer: torch.optim.Optimizer) -> Any:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # On CPU it would compile a collective that nothing here calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -68,24 +72,26 @@ class DeepSpeedEngine(Engine):
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # gathered whole, not matrix by matrix
         elements = sum(h.tensor.numel() for h in self.whole)
         options = settings(self.stage, config.parallel.offload, elements)
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=options, dist_init_required=False)[0]
+        mpu = Groups(mesh, "dp_shard" if self.stage else "dp_replicate") if mesh.tp.size > 1 else None
+        return deepspeed.initialize(
+            model=model, optimizer=optimizer, config=options, mpu=mpu, dist_init_required=False
+        )[0]
 
     def forward_backward(self, rows: Tensor) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        losses = []
         for i, part in enumerate(rows.chunk(self.microbatches)):
             # By the engine, never by the model: ZeRO-3 knows from it that the next gradient is to be added.
-            summed = self.engine(part[:, :-1], part[:, 1:])
+            loss = self.engine(part[:, :-1], part[:, 1:]) * self.scale
             self.engine.set_gradient_accumulation_boundary(i + 1 == self.microbatches)
-            self.engine.backward(summed * self.scale, scale_wrt_gas=False)
-            loss += summed.detach()
-        return loss / self.config.train.batch_tokens
+            self.engine.backward(loss, scale_wrt_gas=False)
+            losses.append(loss.detach())
+        return self.share(losses)
 
     def forward(self, rows: Tensor) -> Tensor:
         return self.engine(rows[:, :-1], rows[:, 1:])  # type: ignore[no-any-return]
 
     def update(self, lr: float) -> None:
-        for group in self.zero.param_groups:
-            group["lr"] = lr * group["lr_multiplier"]
+        set_lr(self.zero, lr)
         self.engine.step()
         if not self._unit:
             return
@@ -120,13 +126,16 @@ class DeepSpeedEngine(Engine):
             case _:
                 return self.zero.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
 
-    def _fragments(self) -> Iterator[tuple[Held, int, int, Place]]:
-        """What this rank has of each flattened parameter: elements [start, stop), which lie one after another."""
+    def _fragments(self) -> Iterator[tuple[Held, int, int, int, int, int]]:
+        """What this rank has of each flattened parameter: elements start … stop-1, and where they are.
+
+        That is the buffer, their offset in it, and the number of their gradient in the buffer's group.
+        """
         whole = {h.parameter: h for h in self.whole}
         rank = self.engine.data_parallel_group.rank()
         if self.stage == 0:
             for i, h in enumerate(self.whole):
-                yield h, 0, h.tensor.numel(), Place(i, 0, 0, 0, ())
+                yield h, 0, h.tensor.numel(), i, 0, 0
         elif self.stage < 3:
             for i, group in enumerate(self.zero.bit16_groups):
                 first, last = (r * self.buffers[i].numel() for r in (rank, rank + 1))
@@ -134,8 +143,7 @@ class DeepSpeedEngine(Engine):
                 for parameter in group:
                     begin, end = end, end + parameter.numel()
                     if (start := max(begin, first)) < (stop := min(end, last)):
-                        place = Place(i, start - first, gradient, 0, ())
-                        yield whole[parameter], start - begin, stop - begin, place
+                        yield whole[parameter], start - begin, stop - begin, i, start - first, gradient
                         gradient += 1
         else:
             for i, group in enumerate(self.zero.fp16_groups):
@@ -144,16 +152,16 @@ class DeepSpeedEngine(Engine):
                     size = parameter.partition_numel()  # the last one is padded
                     start, stop = (min(r * size, parameter.ds_numel) for r in (rank, rank + 1))
                     if start < stop:
-                        yield whole[parameter], start, stop, Place(i, offset, gradient, 0, ())
+                        yield whole[parameter], start, stop, i, offset, gradient
                     offset += size
 
     def _rectangles(self) -> Iterator[tuple[Held, Place]]:
-        for h, start, stop, place in self._fragments():
-            for at, spans in rectangles(start, stop, h.weight.shape):
+        for h, start, stop, buffer, offset, gradient in self._fragments():
+            for at, spans in rectangles(start, stop, h.spans):
                 shape = tuple(len(span) for span in spans)
-                place_ = replace(place, offset=place.offset + at - start, gradient_offset=at - start, shape=shape)
-                tensor = place_.view(self.buffers[place.buffer], place_.offset)
-                yield replace(h, tensor=tensor, spans=spans), place_
+                place = Place(buffer, offset + at - start, gradient, at - start, at, shape)
+                tensor = place.view(self.buffers[buffer], place.offset)
+                yield replace(h, tensor=tensor, spans=spans), place
 
     def gradient(self, place: Place) -> Tensor:
         """After the last backward: the reduced gradient of a piece, in which `step` takes what stands there."""
@@ -172,9 +180,9 @@ class DeepSpeedEngine(Engine):
         if self.stage in (1, 2):
             for h in self.whole:
                 h.parameter.zero_()
-            for h in self.pieces.held:
-                h.part_of(h.parameter.data).copy_(h.tensor)
-            all_reduce([h.parameter.data for h in self.whole])
+            for h, place in zip(self.pieces.held, self.places, strict=True):
+                place.view(h.parameter, place.parameter_offset).copy_(h.tensor)
+            all_reduce([h.parameter.data for h in self.whole], self.engine.data_parallel_group)
         elif self.stage == 3:
             for h, place in zip(self.pieces.held, self.places, strict=True):
                 partition: Tensor = h.parameter.ds_tensor.data  # type: ignore[attr-defined]
@@ -183,30 +191,44 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def _copy_to_masters(self) -> None:
         if self.stage in (1, 2):
-            for h in self.pieces.held:
-                h.tensor.copy_(h.part_of(h.parameter.data))
+            for h, place in zip(self.pieces.held, self.places, strict=True):
+                h.tensor.copy_(place.view(h.parameter, place.parameter_offset))
 
 
 class ZeroPieces(Pieces):
-    """Pieces whose gradients DeepSpeed has."""
+    """Pieces whose gradients DeepSpeed has, already reduced."""
 
     engine: DeepSpeedEngine
 
     def gradients(self) -> list[Tensor]:
         return [self.engine.gradient(place) for place in self.engine.places]
 
+    def reduce_gradients(self) -> list[Tensor]:
+        return self.gradients()
 
-def rectangles(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[tuple[int, tuple[Span, ...]]]:
-    """Elements [start, stop) of a flattened vector or matrix -> where each rectangle of them starts, and its spans."""
-    if len(shape) == 1:
-        yield start, (Span(start, stop, shape[0]),)
+
+class Groups:
+    """The groups of a mesh with tensor parallel ranks, under the names by which DeepSpeed asks for them ("mpu")."""
+
+    def __init__(self, mesh: Mesh, data_axis: MeshAxis) -> None:
+        assert mesh.device_mesh is not None
+        data, tp = mesh.device_mesh.get_group(data_axis), mesh.device_mesh.get_group("tp")
+        self.get_data_parallel_group, self.get_model_parallel_group = lambda: data, lambda: tp
+        self.get_data_parallel_rank, self.get_data_parallel_world_size = data.rank, data.size
+        self.get_model_parallel_rank, self.get_model_parallel_world_size = tp.rank, tp.size
+
+
+def rectangles(start: int, stop: int, spans: tuple[Span, ...]) -> Iterator[tuple[int, tuple[Span, ...]]]:
+    """Elements [start, stop) of a flattened part of a vector or matrix -> each rectangle's first, and its spans."""
+    if len(spans) == 1:
+        yield start, (spans[0].inner(start, stop),)
         return
-    rows, columns = shape
+    rows, columns = spans
     while start < stop:
-        row, column = divmod(start, columns)
-        width = min(stop - start, columns - column)
-        height = (stop - start) // columns if width == columns else 1
-        yield start, (Span(row, row + height, rows), Span(column, column + width, columns))
+        row, column = divmod(start, len(columns))
+        width = min(stop - start, len(columns) - column)
+        height = (stop - start) // width if width == len(columns) else 1
+        yield start, (rows.inner(row, row + height), columns.inner(column, column + width))
         start += height * width
 
 

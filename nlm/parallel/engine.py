@@ -1,7 +1,7 @@
 """What drives the model through a step: forward and backward over the microbatches, and the update."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,7 +13,7 @@ from nlm.anatomy import Weight
 from nlm.config import Config
 from nlm.mesh import Mesh
 from nlm.model import Transformer
-from nlm.optim import adamw, clip_gradients, projection
+from nlm.optim import adamw, clip_gradients, projection, set_lr
 from nlm.parallel.pieces import Pieces
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -58,6 +58,11 @@ class Engine(ABC):
     @abstractmethod
     def start_after(self, step: int) -> None:
         """Goes on from pieces that were changed in place, with moments (zero as yet) of so many steps."""
+
+    def share(self, losses: Iterable[Tensor]) -> Tensor:
+        """The microbatches' losses, scaled, [] each -> [], this rank's share of the mean loss, in float64."""
+        nothing = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        return sum((loss.detach() for loss in losses), nothing) / self.mesh.data_size
 
     def loss(self, rows: Tensor) -> Tensor:
         """Rows [B S+1], the same on all ranks -> [], their summed loss, likewise."""
@@ -107,8 +112,7 @@ class TorchEngine(Engine):
         self._project = projection(pieces)
 
     def update(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_multiplier"]
+        set_lr(self.optimizer, lr)
         for tensor, gradient in zip(self.pieces.tensors, self.pieces.gradients(), strict=True):
             tensor.grad = gradient
         self.optimizer.step()
@@ -137,13 +141,13 @@ class WholeEngine(TorchEngine):
             )
 
     def forward_backward(self, rows: Tensor) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        losses = []
         for i, part in enumerate(rows.chunk(self.microbatches)):
             with self._communicate(last=i + 1 == self.microbatches):
-                summed = self.model(part[:, :-1], part[:, 1:])
-                (summed * self.scale).backward()
-            loss += summed.detach()
-        return loss / self.config.train.batch_tokens
+                loss = self.model(part[:, :-1], part[:, 1:]) * self.scale
+                loss.backward()
+            losses.append(loss.detach())
+        return self.share(losses)
 
     def forward(self, rows: Tensor) -> Tensor:
         return self.models[0](rows[:, :-1], rows[:, 1:])  # type: ignore[no-any-return]

@@ -43,9 +43,7 @@ class Pieces:
         ends = [i for i, h in enumerate(self.held) if h.name == "embed.weight"]
         self._tied = ends if sizes["pp"] > 1 and models[0].config.tied else []
         again = self._tied[1:] if models[0].part.first else self._tied
-        self._partial = [
-            i for i, h in enumerate(self.held) if tp.size > 1 and not h.divided and (h.inside or tp.sequence)
-        ]
+        self._partial = [i for i, h in enumerate(self.held) if h.is_partial(tp)]
         self._average = list(range(len(self.held))) if sizes["pp"] > 1 and sizes["dp_shard"] == 1 else []
         self.counted = [
             i

@@ -116,8 +116,7 @@ class PipelineEngine(TorchEngine):
             return_outputs=False,
             **({"targets": targets} if last else {}),
         )
-        share = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        return sum((loss.detach() for loss in losses), share) / self.mesh.data_size
+        return self.share(losses)
 
     def forward(self, rows: Tensor) -> Tensor:
         x = rows[:, :-1]

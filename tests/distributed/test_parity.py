@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from parity import LAYOUTS, NORM_ROWS, SCHEME_ROWS, VARIANT_ROWS, Ranks, Row, cell, deep, write_tokens
+from parity import DEEP_ROWS, LAYOUTS, NORM_ROWS, SCHEME_ROWS, VARIANT_ROWS, Ranks, Row, cell, write_tokens
 
 SCHEMES = list(SCHEME_ROWS.values())
 
@@ -32,12 +32,13 @@ def chosen() -> Iterator[tuple[Row, str]]:
         ("compile", "fsdp2"),
     ):
         yield VARIANT_ROWS[name], layout
+    yield DEEP_ROWS["200 layers"], "pp4-zbv"
 
 
 CELLS = sorted(
     {
         (row.name, layout): (replace(row, precision="fp32" if layout.startswith("zero") else "fp64"), layout)
-        for row, layout in [*chosen(), (deep(200, "fp64"), "pp4-zbv")]
+        for row, layout in chosen()
     }.items()
 )
 
