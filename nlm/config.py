@@ -136,10 +136,11 @@ class ParallelConfig(Section):
     """The layout: pp · dp_replicate · dp_shard · tp ranks. It changes the time a step takes, not its numbers.
 
     `dp_replicate` ranks each take a part of every batch (DDP); `dp_shard` ranks do, and hold a part of every
-    parameter, gradient and optimizer state (FSDP2; with both, HSDP), gathered `blocks_per_unit` at a time (by
-    default a 40th of the stack) and dropped again after the forward if `reshard`. `tp` ranks divide heads, hidden
-    units and vocabulary, under `sequence_parallel` also the stream between. `pp` ranks hold a part of the layers
-    each, of which "interleaved" makes `stages_per_rank` parts a rank (by default 2), "zbv" and "dualpipev" two.
+    parameter, gradient and optimizer state (FSDP2; with both, HSDP), gathered `blocks_per_unit` at a time and
+    dropped again after the forward if `reshard` (by default a 40th of the stack, else a 10th). `tp` ranks divide
+    heads, hidden units and vocabulary, under `sequence_parallel` also the stream between. `pp` ranks hold a part of
+    the layers each, of which "interleaved" makes `stages_per_rank` parts a rank (by default 2), "zbv" and
+    "dualpipev" two.
 
     `engine = "deepspeed"` has DeepSpeed do the data parallelism: `zero = 0` over dp_replicate, 1 (optimizer
     state), 2 (and gradients) or 3 (and parameters; with `offload` in CPU memory) over dp_shard.

@@ -15,7 +15,7 @@ from nlm.config import ModelConfig
 from nlm.parallel.tensor import TensorParallel
 from nlm.runtime import autocast
 from nlm.schemes.base import Norm, Scheme, Slot
-from nlm.schemes.module import MakeNorm, ResidualModule, SlotModule, flat
+from nlm.schemes.module import MakeNorm, ResidualModule, SlotModule, flat, l2_norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -189,11 +189,11 @@ class Block(nn.Module):
         self.ffn = FeedForward(config, design, ffn)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, record: bool) -> tuple[Tensor, Tensor | None]:
-        """x [B S D] -> x [B S D] and, to record, RMS [2 3]: stream in, branch, stream out of each sublayer."""
-        signals: list[Tensor] | None = [] if record else None
-        x = self.attn_residual(x, partial(self.attn, rotary=rotary), signals)
-        x = self.ffn_residual(x, self.ffn, signals)
-        return x, None if signals is None else torch.stack(signals).view(2, 3)
+        """x [B S D] -> x [B S D] and, to record, norms [4]: of the branch and of the stream out of each sublayer."""
+        norms: list[Tensor] | None = [] if record else None
+        x = self.attn_residual(x, partial(self.attn, rotary=rotary), norms)
+        x = self.ffn_residual(x, self.ffn, norms)
+        return x, None if norms is None else torch.stack(norms)
 
 
 class CrossEntropy(nn.Module):
@@ -282,7 +282,8 @@ class Transformer(nn.Module):
         """tokens [B S] -> logits [B S V/n] or, with targets [B S], their summed cross-entropy [].
 
         A part without the first layers takes the stream [B S D] instead, one without the last gives the stream.
-        `signals`, unless None, receives the RMS [L 2 3] of `Block.forward`.
+        `signals`, unless None, receives the RMS [L 2 3] of the stream in, the branch and the stream out of each
+        sublayer.
         """
         with autocast(self.precision, x.device):
             return self._forward(x, targets)
@@ -294,13 +295,16 @@ class Transformer(nn.Module):
         elif self.tp.sequence:
             seq_len *= self.tp.size
         rotary = None if self.rotary is None else self.rotary(seq_len)
-        recorded: list[Tensor] = []
+        record = self.signals is not None
+        norms = [l2_norm(x)[None]] if record else []
         for block in self.blocks.values():
-            x, signal = self.call_block(block, x, rotary, self.signals is not None)
-            if signal is not None:
-                recorded.append(signal)
+            x, recorded = self.call_block(block, x, rotary, record)
+            if recorded is not None:
+                norms.append(recorded)
         if self.signals is not None:
-            self.signals.append(torch.stack(recorded) if recorded else x.new_empty(0, 2, 3))
+            # What leaves a sublayer enters the next one.
+            signals = torch.cat(norms).unfold(0, 3, 2) if self.blocks else norms[0][:0]  # [2L 3]
+            self.signals.append(signals.reshape(-1, 2, 3) * x.numel() ** -0.5)
         if not self.part.last:
             return x
         logits = self._logits(x)

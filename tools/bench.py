@@ -181,7 +181,7 @@ def layouts(n_layers: int) -> dict[str, dict[str, Contender]]:
             "torch DDP": Contender(plain_ddp, {"n_layers": n_layers}, ranks=2),
             "ddp": two(dp_replicate=2),
             **{f"fsdp2, {n} a unit": two(dp_shard=2, blocks_per_unit=n) for n in (1, 10, 25)},
-            "fsdp2, 25 a unit, kept": two(dp_shard=2, blocks_per_unit=25, reshard=False),
+            "fsdp2, kept": two(dp_shard=2, reshard=False),
             **{f"ZeRO-{stage}": two(zero=stage, **zero) for stage in (1, 2, 3)},
             "ZeRO-1, every step recorded": two(zero=1, record=True, **zero),
         },

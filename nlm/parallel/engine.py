@@ -154,7 +154,7 @@ class WholeEngine(TorchEngine):
 
     def _communicate(self, last: bool) -> AbstractContextManager[object]:
         """Gradients are reduced once a step, in the last microbatch's backward."""
-        if isinstance(self.model, FSDPModule):
+        if isinstance(self.model, FSDPModule) and self.microbatches > 1:  # it walks through all modules
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
         if isinstance(self.model, DistributedDataParallel) and not last:

@@ -12,6 +12,8 @@ from nlm.model import Transformer
 UNITS = 40
 """By default the stack is gathered in about this many units: a unit's host time is a block's, whatever it holds, and
 a unit of a 40th of the stack is still small beside the shards and activations of all of it."""
+UNITS_KEPT = 10
+"""Of parameters that stay gathered, units need to be small only to gather one while another computes."""
 
 
 def shard(model: Transformer, parallel: ParallelConfig, mesh: Mesh) -> None:
@@ -22,11 +24,10 @@ def shard(model: Transformer, parallel: ParallelConfig, mesh: Mesh) -> None:
     if mesh.device_mesh is None or mesh.sizes["dp_shard"] == 1 or parallel.engine != "torch":
         return
     axes = ("dp_replicate", "dp_shard") if mesh.sizes["dp_replicate"] > 1 else ("dp_shard",)
-    divide = partial(
-        fully_shard, mesh=mesh.device_mesh[axes], reshard_after_forward=parallel.reshard and mesh.sizes["pp"] == 1
-    )
+    reshard = parallel.reshard and mesh.sizes["pp"] == 1
+    divide = partial(fully_shard, mesh=mesh.device_mesh[axes], reshard_after_forward=reshard)
     blocks = list(model.blocks.values())
-    size = parallel.blocks_per_unit or ceil(len(blocks) / UNITS)
+    size = parallel.blocks_per_unit or ceil(len(blocks) / (UNITS if reshard else UNITS_KEPT))
     for start in range(0, len(blocks), size):
         divide(blocks[start : start + size])
     divide(model)

@@ -78,24 +78,22 @@ class ResidualModule(EquationModule):
 
     site: Site
 
-    def forward(self, x: Tensor, branch: Branch, signals: list[Tensor] | None) -> Tensor:
-        """x [B S D] -> [B S D]. `signals`, unless None, receives the RMS of x, of the branch and of the result."""
-        if signals is None:
+    def forward(self, x: Tensor, branch: Branch, norms: list[Tensor] | None) -> Tensor:
+        """x [B S D] -> [B S D]. `norms`, unless None, receives the norms of the branch and of the result."""
+        if norms is None:
             return self.evaluate(x, branch)
-        signals.append(rms(x))
-        y = self.evaluate(x, partial(_recorded, branch, signals))
-        signals.append(rms(y))
+        y = self.evaluate(x, partial(_recorded, branch, norms))
+        norms.append(l2_norm(y))
         return y
 
 
-def _recorded(branch: Branch, signals: list[Tensor], x: Tensor) -> Tensor:
+def _recorded(branch: Branch, norms: list[Tensor], x: Tensor) -> Tensor:
     y = branch(x)
-    signals.append(rms(y))
+    norms.append(l2_norm(y))
     return y
 
 
 @torch.no_grad()
-def rms(x: Tensor) -> Tensor:
-    """[…] -> []: root mean square of all elements, in float32 or more."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dtype=dtype) * x.numel() ** -0.5
+def l2_norm(x: Tensor) -> Tensor:
+    """[…] -> []: root of the sum of squares of all elements, in float32 or more."""
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))

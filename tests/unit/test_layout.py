@@ -103,7 +103,6 @@ def test_the_ranks_hold_every_parameter_once(n_layers: int, pp: int, schedule: s
     parts = split(config.model, 4, config.parallel.n_stages)
     stages = [stage for rank in range(pp) for stage in stages_of(rank, config.parallel)]
     assert sorted(stages) == list(range(config.parallel.n_stages))
-    whole = design(config)
-    expected = [h.name for h in held(whole)]
+    expected = [h.name for h in held(design(config))]
     found = [h.name for stage in stages for h in held(design(config, part=parts[stage]))]
     assert sorted(found) == sorted(expected)
