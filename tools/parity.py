@@ -132,31 +132,33 @@ NORM_ROWS = {
 }
 
 
-def variant(name: str, layouts: Sequence[str], *tables: Table, limit: float = LIMITS["fp32"], **model: Any) -> Row:
-    return Row(name, MODEL | {"scheme": {"name": "pre_ln"}} | model, tuple(layouts), *tables, limit=limit)
+def variant(name: str, layouts: Sequence[str], model: Table, **fields: Any) -> Row:
+    return Row(name, MODEL | {"scheme": {"name": "pre_ln"}} | model, tuple(layouts), **fields)
 
 
 VARIANT_ROWS = {
     row.name: row
     for row in (
-        variant("bias", ["tp2", "tp2+sp", "pp2-zbv", "zero3", "zero1xtp2"], limit=BIASES, bias=True),
-        variant("no gate", ["tp2+sp", "fsdp2xtp2"], activation="gelu"),
-        variant("tied", ["tp2+sp", "fsdp2", "pp2-1f1b", "pp2-zbv", "fsdp2xtp2xpp2", "zero2"], tied=True),
-        variant("learned positions", ["tp2", "tp2+sp", "pp2-zbv", "fsdp2xtp2xpp2"], position="learned"),
-        variant("sinusoidal positions", ["tp2+sp", "pp2-1f1b"], position="sinusoidal"),
-        variant("one block a unit", ["fsdp2", "fsdp2xtp2"], {"blocks_per_unit": 1}),
-        variant("three blocks a unit, kept", ["fsdp2", "hsdp2x2"], {"blocks_per_unit": 3, "reshard": False}),
+        variant("bias", ["tp2", "tp2+sp", "pp2-zbv", "zero3", "zero1xtp2"], {"bias": True}, limit=BIASES),
+        variant("no gate", ["tp2+sp", "fsdp2xtp2"], {"activation": "gelu"}),
+        variant("tied", ["tp2+sp", "fsdp2", "pp2-1f1b", "pp2-zbv", "fsdp2xtp2xpp2", "zero2"], {"tied": True}),
+        variant("learned positions", ["tp2", "tp2+sp", "pp2-zbv", "fsdp2xtp2xpp2"], {"position": "learned"}),
+        variant("sinusoidal positions", ["tp2+sp", "pp2-1f1b"], {"position": "sinusoidal"}),
+        variant("one block a unit", ["fsdp2", "fsdp2xtp2"], {}, parallel={"blocks_per_unit": 1}),
+        variant(
+            "three blocks a unit, kept", ["fsdp2", "hsdp2x2"], {}, parallel={"blocks_per_unit": 3, "reshard": False}
+        ),
         variant(
             "recompute",
             ["ddp2", "fsdp2", "tp2+sp", "pp2-1f1b", "pp2-zbv", "pp2-dualpipev", "fsdp2xtp2xpp2", "zero3"],
             {},
-            {"recompute": "block"},
+            everywhere={"recompute": "block"},
         ),
         variant(
             "compile",
             ["ddp2", "fsdp2", "tp2+sp", "pp2-1f1b", "pp2-zbv", "zero1", "zero3"],
             {},
-            {"compile": True},
+            everywhere={"compile": True},
         ),
     )
 }
