@@ -45,7 +45,7 @@ EPS = 1e-6
 """AdamW's: with 1e-8, gradients that are nothing but rounding would make updates of full size in float32."""
 STORED = 1e-6
 """Limit of the layers' statistics in float64 runs: they are stored in float32."""
-DEADLINE_S = 240
+DEADLINE_S = 600
 
 Table = dict[str, Any]
 LAYOUTS: dict[str, Table] = {
@@ -266,8 +266,14 @@ def differences(run: Path, reference: Path, exact: bool) -> dict[str, float]:
         path = f"checkpoints/step-{STEPS:08d}/{file}.safetensors"
         tensors, whole = load_file(run / path), load_file(reference / path)
         assert tensors.keys() == whole.keys(), "other parameters"
-        found[file] = max(by_norm(tensors[name].numpy(), whole[name].numpy()) for name in tensors)
+        found[file] = max(by_norm(in_its_units(name, tensors), in_its_units(name, whole)) for name in tensors)
     return found
+
+
+def in_its_units(name: str, tensors: dict[str, torch.Tensor]) -> np.ndarray:
+    """A parameter or a moment; of the second moment the root, which is in the gradient's units and what AdamW uses."""
+    tensor = tensors[name]
+    return (tensor.sqrt() if name.endswith("exp_avg_sq") else tensor).numpy()
 
 
 def by_number(ours: Any, theirs: Any) -> float:
