@@ -54,3 +54,17 @@ def compare(rank: int, table: dict[str, object], sequence: bool) -> None:
         assert torch.allclose(gradient, expected[2][h.name], rtol=1e-9, atol=1e-12), h.name
         seen += 1
     assert seen == len(expected[2]) == len(weights)
+
+
+def test_the_loss_of_large_logits_is_finite() -> None:
+    run_ranks(2, compare_large)
+
+
+def compare_large(rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = 1e3 * torch.randn(8, 10, generator=generator)
+    targets = torch.randint(10, (8,), generator=generator)
+    tp = TensorParallel(dist.new_group())
+    logits = whole.chunk(2, dim=1)[rank].clone()
+    loss = tp.cross_entropy(logits, targets, tp.span("vocab", 10))
+    torch.testing.assert_close(loss, F.cross_entropy(whole, targets, reduction="sum"))
