@@ -37,6 +37,9 @@ Axis = Literal["dim", "head", "kv_head", "head_dim", "hidden", "vocab"]
 CUT_AXES: frozenset[Axis] = frozenset({"head", "kv_head", "hidden", "vocab"})
 """The axes that tensor parallelism divides among its ranks."""
 
+IGNORED = -100
+"""A target from which nothing is to be learned."""
+
 
 @dataclass(frozen=True)
 class Span:

@@ -35,9 +35,9 @@ class Softmax(nn.Module):
         """[B S H Dh], [B S Hkv Dh] -> the same: what happens to queries and keys before positions."""
         return q, k
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B S H Dh], k and v [B S Hkv Dh] -> [B S H Dh]."""
-        return causal_attention(q, k, v, scale=None)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q [B S H Dh], k and v [B S Hkv Dh] -> [B S H Dh]; `mask` [B 1 S S] says who sees whom, else it is causal."""
+        return attention(q, k, v, mask, scale=None)
 
 
 class QKNorm(Softmax):
@@ -54,8 +54,8 @@ class QKNorm(Softmax):
         self.g = nn.Parameter(torch.empty(1))
         self.initial = {"g": log2(heads.seq_len**2 - heads.seq_len) if g0 is None else g0}
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal_attention(unit(q) * self.g.to(q.dtype), unit(k), v, scale=1.0)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return attention(unit(q) * self.g.to(q.dtype), unit(k), v, mask, scale=1.0)
 
 
 class RMSQKNormHead(Softmax):
@@ -90,13 +90,23 @@ SCORES: dict[str, type[Softmax]] = {
 }
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """q [B S H Dh], k and v [B S Hkv Dh] -> [B S H Dh]; query head h attends with kv head h // (H / Hkv)."""
+def document_mask(segments: Tensor) -> Tensor:
+    """The document of each position [B S] -> [B 1 S S], true where position i sees j: j <= i in the same document."""
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return same.tril()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """q [B S H Dh], k and v [B S Hkv Dh] -> [B S H Dh]; query head h attends with kv head h // (H / Hkv).
+
+    Causal where there is no mask [B 1 S S].
+    """
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.to(q.dtype).transpose(1, 2),
-        is_causal=True,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

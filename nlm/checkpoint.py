@@ -3,6 +3,7 @@
 A checkpoint is a folder `checkpoints/step-00000100/` with
 
     config.toml             the resolved config
+    data.json               what the data was, and where streams stand
     model.safetensors       every parameter under its canonical name
     optimizer.safetensors   NAME.exp_avg and NAME.exp_avg_sq of every parameter
     state.safetensors       step [] (which is also the position in the data) and the RNG states
@@ -10,9 +11,10 @@ A checkpoint is a folder `checkpoints/step-00000100/` with
 It is written beside its final name, flushed to the disk and renamed. Reading it executes no code.
 """
 
+import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,14 @@ from torch import Tensor
 
 from nlm.build import build_model, load_config
 from nlm.config import Config, ConfigError
+from nlm.data.corpus import Corpus
 from nlm.model import Held, Transformer, held
 from nlm.parallel.engine import Engine
 
 PARTIAL = ".partial-"
 
 
-def save_checkpoint(run: Path, step: int, engine: Engine) -> None:
+def save_checkpoint(run: Path, step: int, engine: Engine, corpus: Corpus) -> None:
     """Writes `run/checkpoints/step-…`, then removes all but the newest checkpoint.keep_last.
 
     All ranks give what they hold; the one that speaks writes it, the same whatever the layout.
@@ -44,6 +47,8 @@ def save_checkpoint(run: Path, step: int, engine: Engine) -> None:
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     (partial / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    data = {"fingerprint": corpus.fingerprint(), "state": corpus.state()}
+    (partial / "data.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     save_file(model, partial / "model.safetensors")
     save_file(optimizer, partial / "optimizer.safetensors")
     save_file({"step": torch.tensor(step), **_rng_state()}, partial / "state.safetensors")
@@ -80,9 +85,10 @@ def checkpoint_config(path: Path) -> Config:
     return load_config(path / "config.toml")
 
 
-def resume(path: Path, engine: Engine) -> int:
+def resume(path: Path, engine: Engine, corpus: Corpus) -> int:
     """Puts everything back in place, in any layout, and returns the last finished step."""
     _restore_parameters(path, engine.pieces.held)
+    corpus.load_state(_data(path)["state"])
     engine.start_after(saved_step(path))
     with _open(path / "optimizer.safetensors") as saved:
         for field, tensors in engine.moments().items():
@@ -99,7 +105,7 @@ def refuse_changed_model(path: Path, config: Config) -> None:
     """Errors: ConfigError naming every key that would make another model, or other data, of the checkpoint's run."""
     saved, now = checkpoint_config(path).model_dump(), config.model_dump()
     kept = [f"model.{key}" for key in saved["model"] | now["model"]]
-    kept += ["train.seq_len", "train.batch_tokens", "train.seed", "data.train"]
+    kept += ["train.seq_len", "train.batch_tokens", "train.seed", "data.train", "data.document_mask"]
     problems = []
     for key in kept:
         section, _, name = key.partition(".")
@@ -111,6 +117,36 @@ def refuse_changed_model(path: Path, config: Config) -> None:
             )
     if problems:
         raise ConfigError(problems)
+
+
+def refuse_changed_data(path: Path, corpus: Corpus, config: Config) -> None:
+    """Errors: ConfigError naming every source that is not what it was, unless data.allow_changed."""
+    saved, now = _data(path)["fingerprint"], corpus.fingerprint()
+    if saved == now or config.data.allow_changed:
+        return
+    raise ConfigError(
+        f"data.train: {where}: the run to resume read {was!r}, now it is {is_now!r}; bring the data back, "
+        "or set data.allow_changed = true to go on with other data"
+        for where, was, is_now in differences(saved, now)
+    )
+
+
+def differences(saved: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, Any]]:
+    """Where two trees of JSON differ: the way there, and what either has."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in saved | now:
+            yield from differences(saved.get(key), now.get(key), (*path, key))
+    elif saved != now:
+        yield ", ".join(path), saved, now
+
+
+def _data(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "data.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: data.json is missing or damaged ({error}); resume from an older checkpoint"
+        ) from None
 
 
 def _optimizer_state(engine: Engine) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self, TypeGuard
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
 import tomli_w
 from pydantic import (
@@ -184,11 +184,56 @@ class ParallelConfig(Section):
                 return self.pp * 2
 
 
-class DataConfig(Section):
-    """Prefixes of Megatron `.bin/.idx` pairs, as `nlm tokenize` writes them."""
+class SourceConfig(Section):
+    """One source of a mixture: token shards at `path`, the prefix of a Megatron `.bin/.idx` pair as `nlm tokenize`
+    writes them or a directory of pairs; or text `files` (paths, patterns and URLs of one format), tokenized on the way.
 
-    train: str
+    `weight` is its share of the rows, by default that of its tokens in all shards. Of files, `text_field` names the
+    text of a JSON line or a Parquet row, `shuffle` is the number of rows that are shuffled together, and `workers` of
+    the processes that tokenize.
+    """
+
+    path: str | None = None
+    files: list[str] | None = Field(default=None, min_length=1)
+    weight: PositiveFloat | None = None
+    tokenizer: str | None = None
+    text_field: str = "text"
+    shuffle: PositiveInt = 256
+    workers: NonNegativeInt = 1
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.path is None) == (self.files is None):
+            raise ValueError("expected a path to shards or text files, one of the two")
+        if self.files is not None and (self.tokenizer is None or self.weight is None):
+            raise ValueError("expected a tokenizer and a weight for text files, whose length is not known")
+        if self.path is not None and (idle := self.model_fields_set - {"path", "weight"}):
+            raise ValueError(f"{', '.join(sorted(idle))}: of text files only; shards are tokenized already")
+        return self
+
+
+class DataConfig(Section):
+    """`train`: a path to shards, or several sources. `validation`: a path to shards.
+
+    With `document_mask`, no token attends to another document or predicts its first token. `allow_changed` lets a run
+    go on with other data than it began with.
+    """
+
+    train: str | Annotated[list[SourceConfig], Field(min_length=1)]
     validation: str | None = None
+    document_mask: bool = False
+    allow_changed: bool = False
+
+    @model_validator(mode="after")
+    def _weights(self) -> Self:
+        given = [source.weight is not None for source in self.sources]
+        if any(given) and not all(given):
+            raise ValueError("expected a weight for every source, or, of shards only, for none")
+        return self
+
+    @property
+    def sources(self) -> list[SourceConfig]:
+        return [SourceConfig(path=self.train)] if isinstance(self.train, str) else self.train
 
 
 class CheckpointConfig(Section):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nlm.anatomy import SLOTS, WRITES, Axis, Role, Site, Span, Weight
-from nlm.attention import Heads, Rotary, Softmax, rotate, sinusoidal
+from nlm.attention import Heads, Rotary, Softmax, document_mask, rotate, sinusoidal
 from nlm.config import ModelConfig
 from nlm.parallel.tensor import TensorParallel
 from nlm.runtime import autocast
@@ -138,13 +138,13 @@ class Attention(nn.Module):
         self.score = design.score()
         self.slots = design.slots(site, "q", "k", "heads")
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
         x = self.tp.enter(x)
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B S H Dh]
         q, k = self.score.normalize(q, k)
         if rotary is not None:
             q, k = rotate(q, *rotary, self.interleaved), rotate(k, *rotary, self.interleaved)
-        out = self.score(self.slots["q"](q), self.slots["k"](k), v)
+        out = self.score(self.slots["q"](q), self.slots["k"](k), v, mask)
         return self.wo(self.slots["heads"](out.flatten(2)))  # [B S H Dh] -> [B S H·Dh]
 
 
@@ -188,16 +188,19 @@ class Block(nn.Module):
         self.ffn_residual = design.residual(ffn)
         self.ffn = FeedForward(config, design, ffn)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, record: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, record: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """x [B S D] -> x [B S D] and, to record, norms [4]: of the branch and of the stream out of each sublayer."""
         norms: list[Tensor] | None = [] if record else None
-        x = self.attn_residual(x, partial(self.attn, rotary=rotary), norms)
+        x = self.attn_residual(x, partial(self.attn, rotary=rotary, mask=mask), norms)
         x = self.ffn_residual(x, self.ffn, norms)
         return x, None if norms is None else torch.stack(norms)
 
 
 class CrossEntropy(nn.Module):
-    """logits [B S V/n], targets [B S] -> []: -ln softmax(logits)[target], in float32, summed over all targets."""
+    """logits [B S V/n], targets [B S] -> []: -ln softmax(logits)[target], in float32, summed over all targets
+    that are not IGNORED."""
 
     def __init__(self, vocab: Span, tp: TensorParallel) -> None:
         super().__init__()
@@ -278,27 +281,29 @@ class Transformer(nn.Module):
         self.signals: list[Tensor] | None = None
         self.precision = "fp32"
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """tokens [B S] -> logits [B S V/n] or, with targets [B S], their summed cross-entropy [].
 
+        With `segments`, the document of each position [B S], none attends to another document.
         A part without the first layers takes the stream [B S D] instead, one without the last gives the stream.
         `signals`, unless None, receives the RMS [L 2 3] of the stream in, the branch and the stream out of each
         sublayer.
         """
         with autocast(self.precision, x.device):
-            return self._forward(x, targets)
+            return self._forward(x, targets, segments)
 
-    def _forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, targets: Tensor | None, segments: Tensor | None) -> Tensor:
         seq_len = x.shape[1]
         if self.part.first:
             x = self._embedded(x)
         elif self.tp.sequence:
             seq_len *= self.tp.size
         rotary = None if self.rotary is None else self.rotary(seq_len)
+        mask = None if segments is None else document_mask(segments)
         record = self.signals is not None
         norms = [l2_norm(x)[None]] if record else []
         for block in self.blocks.values():
-            x, recorded = self.call_block(block, x, rotary, record)
+            x, recorded = self.call_block(block, x, rotary, mask, record)
             if recorded is not None:
                 norms.append(recorded)
         if self.signals is not None:

@@ -1,20 +1,19 @@
 """Training: the loop."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from math import isfinite, prod
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from nlm.build import build_engine
-from nlm.checkpoint import checkpoints, refuse_changed_model, resume, save_checkpoint, saved_step
+from nlm.checkpoint import checkpoints, refuse_changed_data, refuse_changed_model, resume, save_checkpoint, saved_step
 from nlm.config import Config
-from nlm.data import Batches, TokenShard, validation_batches
+from nlm.data.corpus import Corpus
+from nlm.data.rank import RankData
 from nlm.evaluate.loss import mean_loss
 from nlm.mesh import Mesh
 from nlm.metrics import Log
@@ -38,10 +37,11 @@ def train(config: Config) -> Path:
 
 def _train(config: Config, mesh: Mesh) -> Path:
     run = Path(config.log.dir)
-    corpus = Corpus(config)
+    data = RankData(config, mesh)
     latest = checkpoints(run)[-1:]
     for checkpoint in latest:
         refuse_changed_model(checkpoint, config)
+        refuse_changed_data(checkpoint, data.corpus, config)
         if (done := saved_step(checkpoint)) >= config.train.steps:
             if mesh.speaks:
                 print(f"{run}: already trained, {done} steps; nothing to do")
@@ -51,7 +51,7 @@ def _train(config: Config, mesh: Mesh) -> Path:
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
     engine = build_engine(config, mesh)
-    start = resume(latest[0], engine) if latest else 0
+    start = resume(latest[0], engine, data.corpus) if latest else 0
     statistics = LayerStatistics(engine.pieces, config.model.n_layers) if config.statistics.enabled else None
 
     with Log(run, config, start) if mesh.speaks else nullcontext() as log:
@@ -66,7 +66,7 @@ def _train(config: Config, mesh: Mesh) -> Path:
             recording = statistics if logs else None
 
             engine.record(recording is not None)
-            loss = engine.forward_backward(corpus.rows(step, mesh))
+            loss = engine.forward_backward(data.rows(step))
             grad_norm, grad_norms = engine.clip()
             if recording:
                 recording.before_update()
@@ -82,13 +82,14 @@ def _train(config: Config, mesh: Mesh) -> Path:
             engine.record(False)
             scalars = {"loss": engine.total(loss).item(), "grad_norm": grad_norm.item(), "lr": lr, **clock.read()}
             scalars["peak_memory_gib"] = peak_memory_gib(mesh.device)
-            if evaluates and corpus.validation is not None:
-                scalars["validation_loss"] = mean_loss(engine, corpus.validation_batches())
+            scalars |= epochs(data.corpus, step)
+            if evaluates and (batches := data.validation_batches()) is not None:
+                scalars["validation_loss"] = mean_loss(engine, batches)
             if log:
                 log.write(step, scalars, vectors)
             require_finite(step, scalars, vectors)
             if saves:
-                save_checkpoint(run, step, engine)
+                save_checkpoint(run, step, engine, data.corpus)
             clock.restart()
     return run
 
@@ -100,43 +101,10 @@ def _greeting(engine: Engine, mesh: Mesh) -> str:
     return f"{n_parameters:,} parameters in {engine.config.model.n_layers} layers on {layout}"
 
 
-class Corpus:
-    """The training and validation tokens of a config, checked.
-
-    Errors: ValueError for a missing, damaged or empty shard, one shorter than a batch row, or one with tokens
-    that the model's vocabulary does not have.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        shard = _open("data.train", config.data.train, config.model.vocab_size)
-        self.train = Batches(shard.tokens, config.train.seq_len, config.batch_rows, config.train.seed)
-        self.validation: TokenShard | None = None
-        if config.data.validation is not None:
-            self.validation = _open("data.validation", config.data.validation, config.model.vocab_size)
-            self.validation_batches()
-
-    def rows(self, step: int, mesh: Mesh) -> Tensor:
-        """This rank's rows [B S+1] of the batch of `step` (1, 2, …)."""
-        rows = torch.from_numpy(self.train.batch(step - 1, mesh.data_rank, mesh.data_size))
-        return rows.to(mesh.device, non_blocking=True)
-
-    def validation_batches(self) -> Iterator[NDArray[np.int64]]:
-        assert self.validation is not None, "there is no validation data"
-        config = self.config
-        return validation_batches(
-            self.validation.tokens, config.train.seq_len, config.batch_rows, config.evaluate.batches
-        )
-
-
-def _open(key: str, prefix: str, vocab_size: int) -> TokenShard:
-    shard = TokenShard(prefix)
-    if (largest := shard.max_token()) >= vocab_size:
-        raise ValueError(
-            f"model.vocab_size: expected more than {largest}, the largest token in {key} = {prefix!r}, "
-            f"got {vocab_size}; set it to the tokenizer's size"
-        )
-    return shard
+def epochs(corpus: Corpus, step: int) -> dict[str, float]:
+    """Passes over the corpus, or over each source of a mixture."""
+    passes = corpus.epochs(step)
+    return {"epoch": next(iter(passes.values()))} if len(passes) == 1 else {f"epoch/{k}": v for k, v in passes.items()}
 
 
 def due(step: int, steps: int, every: int) -> bool:

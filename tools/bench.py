@@ -35,6 +35,7 @@ from launched import free_port
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from nlm.batch import Batch
 from nlm.build import build_engine, build_model, parse_config
 from nlm.config import Config
 from nlm.mesh import Mesh
@@ -74,7 +75,7 @@ def nlm_peer(compiled: bool) -> Step:
     rows = batch(PEERS["vocab_size"], 4, 256)
 
     def step(_: int) -> None:
-        engine.forward_backward(rows)
+        engine.forward_backward(Batch(rows))
         engine.update(1e-4)
 
     return step
@@ -125,7 +126,7 @@ def deep(n_layers: int, record: bool = False, **parallel: Any) -> Step:
 
     def step(i: int) -> None:
         engine.record(record)
-        engine.forward_backward(rows)
+        engine.forward_backward(Batch(rows))
         _, norms = engine.clip()
         if record:
             layer_statistics.before_update()

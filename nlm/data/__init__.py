@@ -3,17 +3,17 @@
 Everything is numpy. `documents` and `tokenize`, which only `nlm tokenize` needs, are not imported here.
 """
 
-from nlm.data.order import Batches, Permutation, validation_batches
+from nlm.data.order import Permutation
 from nlm.data.shards import ShardWriter, TokenShard
+from nlm.data.source import ShardSource
 from nlm.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 __all__ = [
-    "Batches",
     "Permutation",
+    "ShardSource",
     "ShardWriter",
     "TokenShard",
     "Tokenizer",
     "load_tokenizer",
     "train_sentencepiece",
-    "validation_batches",
 ]

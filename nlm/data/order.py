@@ -1,11 +1,8 @@
-"""Which tokens [n_tokens] a step reads: a pure function of (seed, step), so that resuming needs no state.
-
-Every epoch visits all samples once, each epoch in an order of its own.
-"""
+"""A random order of as many things as there may be, in no memory."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, final
+from collections.abc import Sequence
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,56 +54,3 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-@final
-class Batches:
-    """An endless, shuffled sequence of batches [batch_rows, seq_len+1] from a stream of tokens [n_tokens].
-
-    Sample i is tokens[i*seq_len : (i+1)*seq_len + 1], inputs and their targets. A batch may straddle epochs.
-
-    Errors: ValueError when the stream holds no whole sample.
-    """
-
-    def __init__(self, tokens: NDArray[np.integer], seq_len: int, batch_rows: int, seed: int) -> None:
-        self._samples = _samples(tokens, seq_len)
-        self.n_samples = len(self._samples)
-        self.batch_rows = batch_rows
-        self.seed = seed
-
-    def batch(self, step: int, part: int = 0, parts: int = 1) -> NDArray[np.int64]:
-        """[batch_rows/parts, seq_len+1]: one of the equal parts of this step's batch."""
-        rows = np.arange(self.batch_rows * part // parts, self.batch_rows * (part + 1) // parts)
-        epochs, places = np.divmod(step * self.batch_rows + rows, self.n_samples)
-        samples = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            inside = epochs == epoch
-            samples[inside] = Permutation(self.n_samples, (self.seed, int(epoch)))(places[inside])
-        return self._samples[samples].astype(np.int64)
-
-    def epoch(self, step: int) -> float:
-        """Passes over the corpus made before this step."""
-        return step * self.batch_rows / self.n_samples
-
-
-def validation_batches(
-    tokens: NDArray[np.integer], seq_len: int, batch_rows: int, max_batches: int
-) -> Iterator[NDArray[np.int64]]:
-    """[n_tokens] -> at most `max_batches` batches [batch_rows, seq_len+1] in the stream's order.
-
-    No token is a target twice; the last batch may have fewer rows.
-
-    Errors: ValueError when the stream holds no whole sample.
-    """
-    samples = _samples(tokens, seq_len)[: max_batches * batch_rows]
-    return (samples[i : i + batch_rows].astype(np.int64) for i in range(0, len(samples), batch_rows))
-
-
-def _samples(tokens: NDArray[np.integer], seq_len: int) -> NDArray[Any]:
-    """[n_tokens] -> [(n_tokens-1)//seq_len, seq_len+1], a view in which neighbours share one token."""
-    if len(tokens) < seq_len + 1:
-        raise ValueError(
-            f"expected at least seq_len+1 = {seq_len + 1} tokens, got {len(tokens)}; "
-            "shorten train.seq_len or give a larger corpus"
-        )
-    return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]

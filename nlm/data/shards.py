@@ -10,8 +10,8 @@ import json
 import os
 import struct
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
-from functools import cached_property
 from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,8 @@ DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7
 INT32, UINT16 = 4, 8
 
 SCAN_TOKENS = 1 << 24
+CHECKED = 1 << 20  # entries of an index at a time
+LONG_SCAN = 1 << 28  # more tokens than are scanned before training: a second's worth
 
 
 def shard_path(prefix: str | Path, suffix: str) -> Path:
@@ -117,8 +119,8 @@ class TokenShard:
                     f"{', of which only one is there' if other.is_file() else ''}; make both with "
                     f"`nlm tokenize INPUT… --tokenizer SPEC --out {shard_path(prefix, '')}`"
                 )
-        dtype, self._lengths, self._boundaries = _read_index(idx_path)
-        self.n_tokens = int(self._lengths.sum(dtype=np.int64))
+        dtype, lengths, self._offsets, self._boundaries = _read_index(idx_path)
+        self.n_tokens = int(lengths.sum(dtype=np.int64))
         self.n_documents = len(self._boundaries) - 1
         expected, actual = self.n_tokens * dtype.itemsize, bin_path.stat().st_size
         if actual != expected:
@@ -137,19 +139,30 @@ class TokenShard:
         """
         if not 0 <= i < self.n_documents:
             raise ValueError(f"expected a document in range({self.n_documents}), got {i}")
-        first, last = self._starts[self._boundaries[i : i + 2]]
-        return self.tokens[first:last]
+        return self.tokens[self._start(i) : self._start(i + 1)]
 
-    @cached_property
-    def _starts(self) -> NDArray[np.int64]:
-        return _starts(self._lengths)
+    def starts(self, first: int, last: int) -> NDArray[np.int64]:
+        """The places in first … last-1 of the stream at which a document starts, in order."""
+        documents = range(self.n_documents)
+        low = bisect_left(documents, first, key=self._start)
+        high = bisect_left(documents, last, low, key=self._start)
+        return np.array([self._start(i) for i in documents[low:high]], np.int64)
 
-    def max_token(self) -> int:
-        """The largest id: from PREFIX.json if that agrees with the index, else from a scan of all tokens."""
+    def _start(self, document: int) -> int:
+        sequence = self._boundaries[document]
+        return int(self._offsets[sequence]) // self.tokens.itemsize if sequence < len(self._offsets) else self.n_tokens
+
+    def facts(self) -> dict[str, Any]:
+        """What PREFIX.json states, if that agrees with the index, else nothing."""
         facts = shard_facts(self._prefix)
-        counts = facts.get("tokens"), facts.get("documents")
-        if counts == (self.n_tokens, self.n_documents) and "max_token" in facts:
-            return int(facts["max_token"])
+        return facts if (facts.get("tokens"), facts.get("documents")) == (self.n_tokens, self.n_documents) else {}
+
+    def max_token(self) -> int | None:
+        """The largest id, as stated by PREFIX.json or found by a scan; None where that would take long."""
+        if (stated := self.facts().get("max_token")) is not None:
+            return int(stated)
+        if self.n_tokens > LONG_SCAN:
+            return None
         return max(int(self.tokens[i : i + SCAN_TOKENS].max()) for i in range(0, self.n_tokens, SCAN_TOKENS))
 
 
@@ -162,8 +175,8 @@ def shard_facts(prefix: str | Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _read_index(path: Path) -> tuple[np.dtype[Any], NDArray[np.int32], NDArray[np.int64]]:
-    """The dtype of the tokens, the lengths [n] of sequences, and the boundaries [m] of documents."""
+def _read_index(path: Path) -> tuple[np.dtype[Any], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """The dtype of the tokens, lengths and offsets [n] of sequences, and the boundaries [m] of documents."""
     again = "copy it again, or make it with `nlm tokenize`"
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -186,11 +199,17 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], NDArray[np.int32], NDArray[n
     offsets = np.frombuffer(index, "<i8", n, HEADER.size + 4 * n)
     boundaries = np.frombuffer(index, "<i8", m, HEADER.size + 12 * n)
     dtype = np.dtype(DTYPES[code])
-    if (lengths < 0).any() or (offsets != _starts(lengths)[:-1] * dtype.itemsize).any():
+    if (n and offsets[0]) or not all(_follow(lengths[i:], offsets[i:], dtype.itemsize) for i in range(0, n, CHECKED)):
         raise ValueError(f"{path}: expected sequences that follow one another in the .bin; {again}")
     if m == 0 or boundaries[0] != 0 or boundaries[-1] > n or (np.diff(boundaries) < 0).any():
         raise ValueError(f"{path}: expected document boundaries that rise from 0 to {n}; {again}")
-    return dtype, lengths, boundaries
+    return dtype, lengths, offsets, boundaries
+
+
+def _follow(lengths: NDArray[np.int32], offsets: NDArray[np.int64], itemsize: int) -> bool:
+    """Whether the first CHECKED sequences, and the one after, stand one behind the other."""
+    ends = offsets[:CHECKED] + lengths[:CHECKED].astype(np.int64) * itemsize
+    return bool((lengths[:CHECKED] >= 0).all() and (ends[: len(offsets) - 1] == offsets[1 : CHECKED + 1]).all())
 
 
 def _starts(lengths: NDArray[np.int32]) -> NDArray[np.int64]:

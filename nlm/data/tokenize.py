@@ -1,6 +1,5 @@
 """Files of text to one token shard [n_tokens] and the facts about it: the verb `nlm tokenize`."""
 
-import hashlib
 import json
 import os
 import tempfile
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 
 from nlm.data.documents import find_files, read_documents
 from nlm.data.shards import ShardWriter, shard_path
-from nlm.data.tokenizer import load_tokenizer, train_sentencepiece
+from nlm.data.tokenizer import load_tokenizer, tokenizer_sha256, train_sentencepiece
 
 BATCH_CHARS = 1 << 22  # encoded together
 
@@ -75,7 +74,7 @@ def tokenize(
                 raise ValueError(f"empty corpus: no text in {len(files)} files; give inputs that hold text")
             stated = {
                 "tokenizer": Path(tokenizer).name,
-                "tokenizer_sha256": _sha256(tokenizer),
+                "tokenizer_sha256": tokenizer_sha256(tokenizer),
                 "vocab_size": coder.vocab_size,
                 "eod": coder.eod,
                 "documents": documents,
@@ -120,10 +119,3 @@ def _entropy_nats(counts: NDArray[np.int64]) -> float:
     """[vocab_size] -> -sum p ln p, the loss of a model that knows how frequent tokens are, no more."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
-
-
-def _sha256(tokenizer: str) -> str | None:
-    if tokenizer == "byte":
-        return None
-    with open(tokenizer, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

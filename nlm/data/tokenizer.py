@@ -1,5 +1,6 @@
 """Text to token ids [n_tokens] and back: UTF-8 bytes, SentencePiece models, Hugging Face tokenizer files."""
 
+import hashlib
 import io
 import os
 import random
@@ -142,6 +143,14 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"{spec}: no such file; give a tokenizer that exists or --train-tokenizer")
     return LOADERS[path.suffix](path)
+
+
+def tokenizer_sha256(spec: str) -> str | None:
+    """Of the tokenizer's file; None for `byte`."""
+    if spec == "byte":
+        return None
+    with open(spec, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: Path) -> Path:

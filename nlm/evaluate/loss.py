@@ -2,18 +2,17 @@
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from nlm.batch import Batch
 from nlm.parallel.engine import Engine
 
 
 @torch.no_grad()
-def mean_loss(engine: Engine, batches: Iterable[NDArray[np.int64]]) -> float:
-    """Batches of rows [B S+1] -> mean cross-entropy over all their targets."""
+def mean_loss(engine: Engine, batches: Iterable[Batch]) -> float:
+    """Mean cross-entropy over all targets of the batches."""
     total, targets = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
-        total += engine.loss(torch.from_numpy(batch))
-        targets += batch[:, 1:].size
+        total += engine.loss(batch)
+        targets += int(batch.n_targets())
     return float(total) / targets

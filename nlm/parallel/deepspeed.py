@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nlm.anatomy import Span, Weight
+from nlm.batch import Batch
 from nlm.config import Config
 from nlm.init import to_unit
 from nlm.mesh import Mesh, MeshAxis
@@ -77,18 +78,18 @@ class DeepSpeedEngine(Engine):
             model=model, optimizer=optimizer, config=options, mpu=mpu, dist_init_required=False
         )[0]
 
-    def forward_backward(self, rows: Tensor) -> Tensor:
+    def train(self, rows: Batch) -> list[Tensor]:
         losses = []
         for i, part in enumerate(rows.chunk(self.microbatches)):
             # By the engine, never by the model: ZeRO-3 knows from it that the next gradient is to be added.
-            loss = self.engine(part[:, :-1], part[:, 1:]) * self.scale
+            loss = self.engine(part.inputs, part.targets, part.segments) * self.scale
             self.engine.set_gradient_accumulation_boundary(i + 1 == self.microbatches)
             self.engine.backward(loss, scale_wrt_gas=False)
-            losses.append(loss.detach())
-        return self.share(losses)
+            losses.append(loss)
+        return losses
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.engine(rows[:, :-1], rows[:, 1:])  # type: ignore[no-any-return]
+    def forward(self, rows: Batch) -> Tensor:
+        return self.engine(rows.inputs, rows.targets, rows.segments)  # type: ignore[no-any-return]
 
     def update(self, lr: float) -> None:
         set_lr(self.zero, lr)

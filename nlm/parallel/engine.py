@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nlm.anatomy import Weight
+from nlm.batch import Batch
 from nlm.config import Config
 from nlm.mesh import Mesh
 from nlm.model import Transformer
@@ -32,20 +33,26 @@ class Engine(ABC):
     number, so that what comes out is the gradient of the mean over all targets of the batch.
     """
 
+    scale: float | Tensor
+
     def __init__(self, config: Config, mesh: Mesh, models: Sequence[Transformer], pieces: Pieces) -> None:
         self.config, self.mesh, self.models, self.pieces = config, mesh, models, pieces
         self.microbatches = config.parallel.microbatches
-        self.scale = mesh.data_size / config.train.batch_tokens
         for model in models:
             model.precision = config.train.precision
 
-    @abstractmethod
-    def forward_backward(self, rows: Tensor) -> Tensor:
-        """This rank's rows of a batch [B S+1] -> [], its share of the mean loss; the gradients are in place after."""
+    def forward_backward(self, rows: Batch) -> Tensor:
+        """This rank's rows of a batch -> [], its share of the mean loss; the gradients are in place after."""
+        self.scale = self.mesh.data_size / self.count(rows)
+        return self.share(self.train(rows))
 
     @abstractmethod
-    def forward(self, rows: Tensor) -> Tensor:
-        """Rows [B S+1] -> [], their summed loss where the last layers are, 0 elsewhere."""
+    def train(self, rows: Batch) -> list[Tensor]:
+        """Forward and backward of all microbatches -> their losses, [] each, times `scale`."""
+
+    @abstractmethod
+    def forward(self, rows: Batch) -> Tensor:
+        """Rows -> [], their summed loss where the last layers are, 0 elsewhere."""
 
     @abstractmethod
     def update(self, lr: float) -> None:
@@ -64,8 +71,17 @@ class Engine(ABC):
         nothing = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         return sum((loss.detach() for loss in losses), nothing) / self.mesh.data_size
 
-    def loss(self, rows: Tensor) -> Tensor:
-        """Rows [B S+1], the same on all ranks -> [], their summed loss, likewise."""
+    def count(self, rows: Batch) -> int | Tensor:
+        """How many targets the ranks' rows of a batch have together; it takes no wait for the device."""
+        if rows.documents is None:
+            return self.config.train.batch_tokens
+        first = self.mesh.tp.rank == 0 and self.mesh.rank("pp") == 0
+        return self.mesh.sum(
+            rows.n_targets() if first else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        )
+
+    def loss(self, rows: Batch) -> Tensor:
+        """Rows, the same on all ranks -> [], their summed loss, likewise."""
         size = self.mesh.data_size
         divides = len(rows) % size == 0
         mine = rows.chunk(size)[self.mesh.data_rank] if divides else rows
@@ -140,17 +156,17 @@ class WholeEngine(TorchEngine):
                 model, process_group=group, gradient_as_bucket_view=True, init_sync=False
             )
 
-    def forward_backward(self, rows: Tensor) -> Tensor:
+    def train(self, rows: Batch) -> list[Tensor]:
         losses = []
         for i, part in enumerate(rows.chunk(self.microbatches)):
             with self._communicate(last=i + 1 == self.microbatches):
-                loss = self.model(part[:, :-1], part[:, 1:]) * self.scale
+                loss = self.model(part.inputs, part.targets, part.segments) * self.scale
                 loss.backward()
-            losses.append(loss.detach())
-        return self.share(losses)
+            losses.append(loss)
+        return losses
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.models[0](rows[:, :-1], rows[:, 1:])  # type: ignore[no-any-return]
+    def forward(self, rows: Batch) -> Tensor:
+        return self.models[0](rows.inputs, rows.targets, rows.segments)  # type: ignore[no-any-return]
 
     def _communicate(self, last: bool) -> AbstractContextManager[object]:
         """Gradients are reduced once a step, in the last microbatch's backward."""

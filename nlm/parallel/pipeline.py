@@ -9,6 +9,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDu
 from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
 
 from nlm.anatomy import Weight
+from nlm.batch import Batch
 from nlm.config import Config, ModelConfig, ParallelConfig
 from nlm.layout import V_SCHEDULES
 from nlm.mesh import Mesh
@@ -105,27 +106,27 @@ class PipelineEngine(TorchEngine):
         dtype = torch.float64 if self.config.train.precision == "fp64" else torch.float32
         return torch.empty(rows, positions, self.config.model.dim, dtype=dtype, device=device)
 
-    def forward_backward(self, rows: Tensor) -> Tensor:
-        tokens, targets = rows[:, :-1], rows[:, 1:]
+    def train(self, rows: Batch) -> list[Tensor]:
         last = self.n_stages - 1 in self.stages
         losses: list[Tensor] = []
+        given = {"targets": rows.targets if last else None, "segments": rows.segments}
         self.schedule.step(
-            *([tokens] if 0 in self.stages else []),
-            target=targets if last else None,
+            *([rows.inputs] if 0 in self.stages else []),
+            target=rows.targets if last else None,
             losses=losses if last else None,
             return_outputs=False,
-            **({"targets": targets} if last else {}),
+            **{name: tensor for name, tensor in given.items() if tensor is not None},
         )
-        return self.share(losses)
+        return losses
 
-    def forward(self, rows: Tensor) -> Tensor:
-        x = rows[:, :-1]
+    def forward(self, rows: Batch) -> Tensor:
+        x = rows.inputs
         for stage in range(self.n_stages):
             here, before = self.stage_ranks[stage], self.stage_ranks.get(stage - 1)
             if before is not None and before != here:
                 x = self._pass_on(x, before, here, len(rows))
             if stage in self.stages:
-                x = self.stages[stage](x, rows[:, 1:])
+                x = self.stages[stage](x, rows.targets, rows.segments)
         return x if self.n_stages - 1 in self.stages else torch.zeros((), device=self.mesh.device)
 
     def _pass_on(self, x: Tensor, source: int, target: int, rows: int) -> Tensor:

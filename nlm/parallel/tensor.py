@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from nlm.anatomy import CUT_AXES, Axis, Span
+from nlm.anatomy import CUT_AXES, IGNORED, Axis, Span
 
 Group = str
 """A process group's name: unlike the group itself, a constant that a compiled graph can hold."""
@@ -62,11 +62,13 @@ class TensorParallel:
     def cross_entropy(self, logits: Tensor, targets: Tensor, vocab: Span) -> Tensor:
         """Logits [N V/n] of the tokens in `vocab`, targets [N] -> []: -ln softmax(logits)[target], summed over N.
 
+        Targets that are IGNORED count nothing.
+
         No rank sees the others' logits: a maximum, a sum and the target's logit [N] are all that they exchange.
         """
         if self.size == 1:
             return F.cross_entropy(logits, targets, reduction="sum")
-        return _CrossEntropy.apply(logits, targets - vocab.start, self._group)
+        return _CrossEntropy.apply(logits, targets, vocab.start, self._group)
 
 
 def _reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
@@ -144,18 +146,19 @@ class _Scatter(Function):
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Group) -> Tensor:
-        """`targets` count from this rank's first token; those of other ranks lie outside range(V/n)."""
-        ours = (targets >= 0) & (targets < logits.shape[1])
-        index = targets.where(ours, 0)[:, None]
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, start: int, group: Group) -> Tensor:
+        """`start` is this rank's first token."""
+        counted = targets != IGNORED
+        ours = counted & (targets >= start) & (targets < start + logits.shape[1])
+        index = (targets - start).where(ours, 0)[:, None]
         shifted = logits - _reduce(logits.amax(1, keepdim=True), group, "max")
         target = shifted.gather(1, index)[:, 0] * ours
         exponentials = shifted.exp_()
         total, target = _reduce(torch.stack([exponentials.sum(1), target]), group)
-        ctx.save_for_backward(exponentials.div_(total[:, None]), index, ours)
-        return (total.log() - target).sum()
+        ctx.save_for_backward(exponentials.mul_((counted / total)[:, None]), index, ours)
+        return (total.log() - target).where(counted, 0).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         softmax, index, ours = ctx.saved_tensors
-        return grad * softmax.scatter_add(1, index, -ours[:, None].to(softmax.dtype)), None, None
+        return grad * softmax.scatter_add(1, index, -ours[:, None].to(softmax.dtype)), None, None, None

@@ -50,7 +50,9 @@ def _read(path: Path, name: str) -> Run:
         raise ValueError(f"{path}: no step is logged yet; wait for the first")
     config = read_table(path / "config.toml")
     layers = read_layers(path) if config["statistics"]["enabled"] else {}
-    return Run(name, records, layers, shard_facts(config["data"]["train"]).get("unigram_entropy_nats"))
+    train = config["data"]["train"]
+    facts = shard_facts(train) if isinstance(train, str) else {}
+    return Run(name, records, layers, facts.get("unigram_entropy_nats"))
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

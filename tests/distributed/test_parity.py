@@ -32,6 +32,9 @@ def chosen() -> Iterator[tuple[Row, str]]:
         ("recompute", "fsdp2"),
         ("compile", "tp2+sp"),
         ("compile", "fsdp2"),
+        ("document mask", "fsdp2xtp2xpp2"),
+        ("document mask", "pp2-zbv"),
+        ("document mask", "zero1"),
     ):
         yield VARIANT_ROWS[name], layout
     yield DEEP_ROWS["200 layers"], "pp4-zbv"

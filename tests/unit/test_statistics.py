@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nlm import SCHEMES, build_model, read_layers
 from nlm.anatomy import Role
 from nlm.config import Config
-from nlm.data import Batches, TokenShard
+from nlm.data.corpus import Corpus
 from nlm.model import weights
 from nlm.optim import adamw, learning_rate
 from nlm.statistics.draw import colour_scale, quantity_figure
@@ -51,7 +51,7 @@ def test_recorded_against_an_independent_count(
             getattr(block, kind).register_forward_hook(keep)
             both = lambda _, x, y, at=f"{l}.{kind}": stream.update({f"{at}.in": rms(x[0]), f"{at}.out": rms(y)})  # noqa: E731
             getattr(block, f"{kind}_residual").register_forward_hook(both)
-    rows = torch.from_numpy(Batches(TokenShard(shard).tokens, 32, 4, config.train.seed).batch(0))
+    rows = torch.from_numpy(Corpus(config).batch(1).tokens)
     logits = model(rows[:, :-1])
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}

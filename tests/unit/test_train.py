@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from nlm import build_model, load_checkpoint, read_layers
 from nlm.checkpoint import checkpoints
 from nlm.config import Config
-from nlm.data import Batches, TokenShard
+from nlm.data import TokenShard
+from nlm.data.corpus import Corpus
 from nlm.train import train
 
 RunConfig = Callable[..., Config]
@@ -119,7 +120,7 @@ def test_it_learns_real_text(run_config: RunConfig, shard: str) -> None:
 
 def test_the_first_loss_is_that_of_the_first_batch(run_config: RunConfig, shard: str) -> None:
     config = run_config("first", train={"steps": 1})
-    rows = torch.from_numpy(Batches(TokenShard(shard).tokens, 32, 4, config.train.seed).batch(0))
+    rows = torch.from_numpy(Corpus(config).batch(1).tokens)
     logits = build_model(config)(rows[:, :-1])
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
     assert losses(train(config)) == [pytest.approx(expected, rel=1e-6)]

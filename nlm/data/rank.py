@@ -1,0 +1,58 @@
+"""A run's data as one rank sees it: its rows of each batch, as tensors, and the validation batches of all."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nlm.batch import Batch
+from nlm.config import Config
+from nlm.data.corpus import Corpus
+from nlm.data.source import Rows, ShardSource
+from nlm.mesh import Mesh
+
+
+class RankData:
+    """Every rank reads its own rows; of streams, the one that speaks reads all rows and passes them on.
+
+    Errors: as of Corpus.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh, self.corpus = config, mesh, Corpus(config)
+        self._validation: ShardSource | None = None
+        if config.data.validation is not None:
+            self._validation = ShardSource(
+                config.data.validation, config.train.seq_len, config.model.vocab_size, 0, config.data.document_mask
+            )
+
+    def rows(self, step: int) -> Batch:
+        """This rank's rows of the batch of `step` (1, 2, …)."""
+        mesh = self.mesh
+        if self.corpus.seeks or mesh.device_mesh is None:
+            return self._batch(self.corpus.batch(step, mesh.data_rank, mesh.data_size)).to(mesh.device)
+        shape = (self.config.batch_rows, self.config.train.seq_len + 1)
+        both = torch.empty(2, *shape, dtype=torch.int64)
+        if mesh.speaks:
+            rows = self.corpus.batch(step)
+            both = torch.from_numpy(np.stack([rows.tokens, rows.starts]))
+        both = both.to(mesh.device)
+        dist.broadcast(both, 0)
+        tokens, starts = both.chunk(mesh.data_size, dim=1)[mesh.data_rank]
+        return Batch(tokens, starts.cumsum(1) if self.config.data.document_mask else None)
+
+    def validation_batches(self) -> Iterator[Batch] | None:
+        """At most evaluate.batches of them, in the corpus's order, no token a target twice; the last may be short."""
+        source, size = self._validation, self.config.batch_rows
+        if source is None:
+            return None
+        n_rows = min(source.n_rows, self.config.evaluate.batches * size)
+        return (
+            self._batch(source.in_order(np.arange(start, min(start + size, n_rows))))
+            for start in range(0, n_rows, size)
+        )
+
+    def _batch(self, rows: Rows) -> Batch:
+        tokens = torch.from_numpy(rows.tokens)
+        return Batch(tokens, torch.from_numpy(rows.starts).cumsum(1) if self.config.data.document_mask else None)
