@@ -3,6 +3,7 @@
 Files are read by Hugging Face `datasets` in streaming mode, an extra (`pip install 'nlm[stream]'`).
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -10,7 +11,6 @@ from typing import Any, NamedTuple, final
 
 import datasets
 import numpy as np
-import pyarrow
 from numpy.typing import NDArray
 
 from nlm.data.encode import encode_in_order
@@ -19,6 +19,7 @@ from nlm.data.source import Rows
 from nlm.data.tokenizer import Ids, load_tokenizer, tokenizer_sha256
 
 CHUNK_CHARS = 1 << 20  # of text that is encoded together
+RETRY_S: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)  # how long to wait before a remote file is tried again
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".parquet": "parquet"}
 PACKED = {".gz", ".zst", ".bz2", ".xz"}
 
@@ -143,30 +144,47 @@ class StreamSource:
             epoch, state = epoch + 1, None
 
     def _texts(self, state: State | None) -> Iterator[tuple[State | None, list[str]]]:
-        """One pass: documents, CHUNK_CHARS together, and the dataset's state before them."""
-        options = {"sample_by": "document"} if self._kind == "text" else {}
-        field = "text" if self._kind == "text" else self._text_field
-        try:
-            dataset = datasets.load_dataset(
-                self._kind, data_files=self._files, split="train", streaming=True, **options
-            )
-            if state is not None:
-                dataset.load_state_dict(state)
-            texts: list[str] = []
-            chars = 0
-            for record in dataset:
-                if not isinstance(text := record.get(field), str):
-                    raise ValueError(
-                        f"expected text in field {field!r}, got {type(text).__name__}; the fields are {[*record]}"
-                    )
-                texts.append(text)
-                chars += len(text)
-                if chars >= CHUNK_CHARS:
-                    yield state, texts
-                    state, texts, chars = dataset.state_dict(), [], 0
-            yield state, texts
-        except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"data.train, {self.name}: cannot be read on: {error}") from error
+        """One pass: documents, CHUNK_CHARS together, and the dataset's state before them.
+
+        A remote file that cannot be read is tried again, from the last chunk that was whole.
+        """
+        waits = RETRY_S
+        chunks = self._open(state)
+        while True:
+            try:
+                values, after = next(chunks)
+            except StopIteration:
+                return
+            except Exception as error:  # of the library and whatever brings the bytes
+                if not waits or not any("://" in file for file in self._files):
+                    raise ValueError(f"data.train, {self.name}: cannot be read on: {error}") from error
+                time.sleep(waits[0])
+                waits, chunks = waits[1:], self._open(state)
+                continue
+            if strange := {type(value).__name__ for value in values if not isinstance(value, str)}:
+                raise ValueError(
+                    f"data.train, {self.name}: expected text in field {self._text_field!r}, "
+                    f"got {' and '.join(sorted(strange))}; name the one that is text in text_field"
+                )
+            yield state, values
+            waits, state = RETRY_S, after
+
+    def _open(self, state: State | None) -> Iterator[tuple[list[Any], State]]:
+        """The texts of one pass from a dataset's state on, CHUNK_CHARS together, and the state after them."""
+        is_text = self._kind == "text"
+        options = {"sample_by": "document"} if is_text else {}
+        dataset = datasets.load_dataset(self._kind, data_files=self._files, split="train", streaming=True, **options)
+        if state is not None:
+            dataset.load_state_dict(state)
+        values, chars = [], 0
+        for record in dataset:
+            value = record.get("text" if is_text else self._text_field)
+            values.append(value)
+            chars += len(value) if isinstance(value, str) else 0
+            if chars >= CHUNK_CHARS:
+                yield values, dataset.state_dict()
+                values, chars = [], 0
+        yield values, dataset.state_dict()
 
 
 def _kind(files: list[str]) -> str:

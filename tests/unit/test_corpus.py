@@ -66,7 +66,7 @@ def test_a_directory_is_one_corpus_of_all_its_shards(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.in_order(np.arange(5)).tokens[:, 0], [0, 8, 100, 108, 116])
     assert sorted(firsts(str(tmp_path), range(5))) == [0, 8, 100, 108, 116]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="expected pairs of .bin and .idx in this directory, found none"):
+    with pytest.raises(ValueError, match=r"expected pairs of \.bin and \.idx in this directory, found none"):
         source(str(tmp_path / "empty"))
 
 
@@ -81,12 +81,12 @@ def test_a_token_that_the_vocabulary_lacks_is_an_error_at_once_or_when_it_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a", range(100))
-    with pytest.raises(ValueError, match="vocab_size: expected more than 99, a token in .*a, got 99"):
+    with pytest.raises(ValueError, match=r"vocab_size: expected more than 99, a token in .*a, got 99"):
         source(path, vocab_size=99)
     monkeypatch.setattr("nlm.data.shards.LONG_SCAN", 50)  # a corpus too long to be scanned first
     found = source(path, vocab_size=90)
     assert found.in_order(np.arange(10)).tokens.max() == 80
-    with pytest.raises(ValueError, match="vocab_size: expected more than 9., a token in .*a, got 90"):
+    with pytest.raises(ValueError, match=r"vocab_size: expected more than 9., a token in .*a, got 90"):
         found.in_order(np.arange(12))
 
 
@@ -129,7 +129,7 @@ def test_places_depend_on_nothing_but_the_row(start: int) -> None:
 
 
 def test_a_weight_too_small_for_a_row_is_refused() -> None:
-    with pytest.raises(ValueError, match="weights of at least a 65536th of their sum, got 1e-09 .* for source 1"):
+    with pytest.raises(ValueError, match=r"weights of at least a 65536th of their sum, got 1e-09 .* for source 1"):
         Mixture([1, 1e-9], 0)
 
 
