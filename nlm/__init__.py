@@ -1,11 +1,32 @@
 """nlm trains very deep Transformers under any published normalization scheme."""
 
-from nlm.attention import SCORES
-from nlm.build import build_model, load_config
-from nlm.checkpoint import load_checkpoint
-from nlm.norms import NORMS
-from nlm.schemes import SCHEMES
-from nlm.statistics.store import read_layers
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nlm.attention import SCORES
+    from nlm.build import build_model, load_config
+    from nlm.checkpoint import load_checkpoint
+    from nlm.norms import NORMS
+    from nlm.schemes import SCHEMES
+    from nlm.statistics.store import read_layers
 
 __version__ = "0.1.0"
 __all__ = ["NORMS", "SCHEMES", "SCORES", "build_model", "load_checkpoint", "load_config", "read_layers"]
+
+HOMES = {
+    "NORMS": "nlm.norms",
+    "SCHEMES": "nlm.schemes",
+    "SCORES": "nlm.attention",
+    "build_model": "nlm.build",
+    "load_checkpoint": "nlm.checkpoint",
+    "load_config": "nlm.build",
+    "read_layers": "nlm.statistics.store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when asked for: torch takes seconds, which a process that only tokenizes need not wait."""
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

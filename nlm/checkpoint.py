@@ -47,7 +47,7 @@ def save_checkpoint(run: Path, step: int, engine: Engine, corpus: Corpus) -> Non
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     (partial / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-    data = {"fingerprint": corpus.fingerprint(), "state": corpus.state()}
+    data = {"fingerprint": corpus.fingerprint, "state": corpus.state()}
     (partial / "data.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     save_file(model, partial / "model.safetensors")
     save_file(optimizer, partial / "optimizer.safetensors")
@@ -121,7 +121,7 @@ def refuse_changed_model(path: Path, config: Config) -> None:
 
 def refuse_changed_data(path: Path, corpus: Corpus, config: Config) -> None:
     """Errors: ConfigError naming every source that is not what it was, unless data.allow_changed."""
-    saved, now = _data(path)["fingerprint"], corpus.fingerprint()
+    saved, now = _data(path)["fingerprint"], corpus.fingerprint
     if saved == now or config.data.allow_changed:
         return
     raise ConfigError(
@@ -144,9 +144,7 @@ def _data(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / "data.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: data.json is missing or damaged ({error}); resume from an older checkpoint"
-        ) from None
+        raise ValueError(f"{path}/data.json: missing or damaged ({error}); resume from an older checkpoint") from None
 
 
 def _optimizer_state(engine: Engine) -> dict[str, Tensor]:

@@ -66,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--train-tokenizer", type=int, metavar="VOCAB_SIZE", help="train SentencePiece on the input")
     tokenize.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json (.model)")
     tokenize.add_argument("--text-field", default="text", metavar="NAME", help="of JSONL and parquet (text)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    tokenize.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores})")
     tokenize.set_defaults(run=_tokenize)
 
     report = verbs.add_parser("report", help="draw the loss curves and layer heat maps of runs")
@@ -92,7 +94,7 @@ def _tokenize(options: argparse.Namespace) -> None:
     from nlm.data.tokenize import tokenize
 
     made = tokenize(
-        options.inputs, options.out, options.tokenizer, options.train_tokenizer, text_field=options.text_field
+        options.inputs, options.out, options.tokenizer, options.train_tokenizer, options.text_field, options.workers
     )
     print(
         f"{options.out}: {made.documents:,} documents, {made.tokens:,} tokens, {made.bytes / made.tokens:.2f} bytes "

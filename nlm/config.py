@@ -14,11 +14,13 @@ import tomli_w
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -207,8 +209,10 @@ class SourceConfig(Section):
             raise ValueError("expected a path to shards or text files, one of the two")
         if self.files is not None and (self.tokenizer is None or self.weight is None):
             raise ValueError("expected a tokenizer and a weight for text files, whose length is not known")
-        if self.path is not None and (idle := self.model_fields_set - {"path", "weight"}):
-            raise ValueError(f"{', '.join(sorted(idle))}: of text files only; shards are tokenized already")
+        own = {name: field.default for name, field in type(self).model_fields.items() if name not in ("path", "weight")}
+        idle = [name for name, default in own.items() if self.path is not None and getattr(self, name) != default]
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: of text files only; shards are tokenized already")
         return self
 
 
@@ -219,7 +223,10 @@ class DataConfig(Section):
     go on with other data than it began with.
     """
 
-    train: str | Annotated[list[SourceConfig], Field(min_length=1)]
+    train: Annotated[
+        Annotated[str, Tag("path")] | Annotated[list[SourceConfig], Field(min_length=1), Tag("sources")],
+        Discriminator(lambda value: "sources" if isinstance(value, list) else "path"),
+    ]
     validation: str | None = None
     document_mask: bool = False
     allow_changed: bool = False
@@ -229,6 +236,9 @@ class DataConfig(Section):
         given = [source.weight is not None for source in self.sources]
         if any(given) and not all(given):
             raise ValueError("expected a weight for every source, or, of shards only, for none")
+        places = [source.path or tuple(source.files or ()) for source in self.sources]
+        if again := {place for place in places if places.count(place) > 1}:
+            raise ValueError(f"{again.pop()} is there twice; add the weights up")
         return self
 
     @property

@@ -1,5 +1,6 @@
 """The training data of a config: its sources, mixed, one batch a step."""
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,9 @@ class Corpus:
             if not source.seeks:
                 source.load_state(state[source.name])
 
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
+        """What must not change while a run goes on: JSON."""
         return {source.name: source.fingerprint() for source in self.sources}
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,13 +10,20 @@ import pyarrow
 import pyarrow.parquet
 
 PARQUET_ROWS = 1024  # read at a time
+UNIT_BYTES = 1 << 22  # what a worker is given at a time
 
 
-class Document(NamedTuple):
-    """A text, and the share of its file that it took in bytes."""
+class Piece(NamedTuple):
+    """Part of a file: bytes start … stop-1, of .parquet row groups; and how many bytes of the file that is."""
 
-    text: str
-    file_bytes: float
+    path: str
+    start: int
+    stop: int
+    bytes: float
+
+
+Unit = list[Piece]
+"""What is encoded together: many small files, or a piece of a large one."""
 
 
 def find_files(inputs: list[str]) -> list[Path]:
@@ -42,54 +50,100 @@ def find_files(inputs: list[str]) -> list[Path]:
     return files
 
 
-def read_documents(path: Path, text_field: str) -> Iterator[Document]:
-    """The documents of one file, in order. `text_field` names the text of a .jsonl line or a .parquet row.
+def units(files: list[Path]) -> Iterator[Unit]:
+    """All of the files, in their order, in units of about UNIT_BYTES."""
+    unit: Unit = []
+    for file in files:
+        for piece in _pieces(file):
+            unit.append(piece)
+            if sum(piece.bytes for piece in unit) >= UNIT_BYTES:
+                yield unit
+                unit = []
+    if unit:
+        yield unit
+
+
+def read_documents(piece: Piece, text_field: str) -> Iterator[str]:
+    """The documents of a piece, in order. `text_field` names the text of a .jsonl line or a .parquet row.
 
     Errors: ValueError that names the file and the byte, line (from 1) or row (from 0) of what is not
     UTF-8, not JSON, not Parquet, or lacks the field.
     """
-    return READERS[path.suffix](path, text_field)
+    return READERS[Path(piece.path).suffix](piece, text_field)
 
 
-def _read_text(path: Path, text_field: str) -> Iterator[Document]:
-    raw = path.read_bytes()
-    yield Document(_decode(raw, path, start=0), len(raw))
+def _pieces(path: Path) -> Iterator[Piece]:
+    """A text file is one; .jsonl is cut into bytes, .parquet into row groups."""
+    size = path.stat().st_size
+    match path.suffix:
+        case ".jsonl":
+            for start in range(0, size, UNIT_BYTES):
+                stop = min(start + UNIT_BYTES, size)
+                yield Piece(str(path), start, stop, stop - start)
+        case ".parquet":
+            with _parquet(path) as file:
+                n_groups, rows = file.metadata.num_row_groups, max(file.metadata.num_rows, 1)
+                sizes = [file.metadata.row_group(i).num_rows / rows * size for i in range(n_groups)]
+            for start in range(0, n_groups, step := max(1, int(UNIT_BYTES * n_groups / max(size, 1)))):
+                stop = min(start + step, n_groups)
+                yield Piece(str(path), start, stop, sum(sizes[start:stop]))
+        case _:
+            yield Piece(str(path), 0, size, size)
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
-    start = 0
+def _read_text(piece: Piece, text_field: str) -> Iterator[str]:
+    path = Path(piece.path)
+    yield _decode(path.read_bytes(), path, start=0)
+
+
+def _read_jsonl(piece: Piece, text_field: str) -> Iterator[str]:
+    """The lines that begin inside the piece."""
+    path = Path(piece.path)
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            line = _decode(raw, path, start)
-            start += len(raw)
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: expected one JSON object a line; {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
-            _require(text_field, list(record), where)
-            yield Document(_text(record[text_field], text_field, where), len(raw))
+        if piece.start:
+            file.seek(piece.start - 1)
+            file.readline()
+        while (at := file.tell()) < piece.stop:
+            line = _decode(file.readline(), path, at)
+            if line.strip():
+                try:
+                    text = _field_of_json(line, text_field)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {_line_number(path, at)}: {error}") from error
+                yield text
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
+def _read_parquet(piece: Piece, text_field: str) -> Iterator[str]:
+    path = Path(piece.path)
+    with _parquet(path) as file:
+        _require(text_field, file.schema_arrow.names, f"{path}, every row: ")
+        row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+        groups = list(range(piece.start, piece.stop))
+        for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[text_field]):
+            for value in batch.column(0):
+                try:
+                    text = _text(_python(value), text_field)
+                except ValueError as error:
+                    raise ValueError(f"{path}, row {row}: {error}") from error
+                yield text
+                row += 1
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _require(text_field, file.schema_arrow.names, f"{path}, every row")
-            row, row_bytes = 0, path.stat().st_size / max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[text_field]):
-                for value in batch.column(0):
-                    where = f"{path}, row {row}"
-                    yield Document(_text(_python(value, where), text_field, where), row_bytes)
-                    row += 1
+            yield file
     except (pyarrow.ArrowException, OSError) as error:  # a damaged page is an OSError without the path
         raise ValueError(f"{path}: expected a Parquet file; {error}") from error
 
 
 READERS = {".txt": _read_text, ".md": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _line_number(path: Path, at: int) -> int:
+    with open(path, "rb") as file:
+        return 1 + file.read(at).count(b"\n")
 
 
 def _decode(raw: bytes, path: Path, start: int) -> str:
@@ -100,23 +154,34 @@ def _decode(raw: bytes, path: Path, start: int) -> str:
         raise ValueError(f"{path}: not UTF-8 at byte {at}: {error.reason}; convert it with iconv") from error
 
 
-def _python(value: Any, where: str) -> object:
+def _field_of_json(line: str, field: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected one JSON object a line; {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+    _require(field, list(record))
+    return _text(record[field], field)
+
+
+def _python(value: Any) -> object:
     try:
         return value.as_py()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 at byte {error.start} of the text: {error.reason}") from error
+        raise ValueError(f"not UTF-8 at byte {error.start} of the text: {error.reason}") from error
 
 
-def _require(field: str, fields: list[str], where: str) -> None:
+def _require(field: str, fields: list[str], where: str = "") -> None:
     if field not in fields:
-        raise ValueError(f"{where}: expected a field {field!r}, found {fields}; name the one that is text")
+        raise ValueError(f"{where}expected a field {field!r}, found {fields}; name the one that is text")
 
 
-def _text(value: object, field: str, where: str) -> str:
+def _text(value: object, field: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where}: expected text in field {field!r}, got {type(value).__name__}")
+        raise ValueError(f"expected text in field {field!r}, got {type(value).__name__}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
-        raise ValueError(f"{where}: field {field!r} is not Unicode text: {error.reason}") from error
+        raise ValueError(f"field {field!r} is not Unicode text: {error.reason}") from error
     return value

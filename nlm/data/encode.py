@@ -1,35 +1,37 @@
-"""Text to tokens in worker processes, in the order of the text."""
+"""Work on text in other processes, in the order of the text."""
 
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from nlm.data.tokenizer import Ids, Tokenizer, load_tokenizer
+from nlm.data.tokenizer import Tokenizer, load_tokenizer
 
-K = TypeVar("K")
+T = TypeVar("T")
+R = TypeVar("R")
 AHEAD = 2
-"""Batches a worker that wait to be taken: enough that none is idle, little to hold in memory."""
+"""Results a worker that wait to be taken: enough that none is idle, little to hold in memory."""
 
 
 def encode_in_order(
-    batches: Iterable[tuple[K, list[str]]], tokenizer: str, workers: int
-) -> Iterator[tuple[K, list[Ids]]]:
-    """Texts, with whatever stands beside them -> the same with the texts encoded, in the same order.
+    encode: Callable[[Tokenizer, T], R], items: Iterable[T], tokenizer: str, workers: int
+) -> Iterator[tuple[T, R]]:
+    """Each item and what `encode`, a function of a module, makes of it, in order. `workers` = 0 does it here.
 
-    `workers` = 0 encodes here. Errors: ValueError for a bad tokenizer.
+    Errors: ValueError for a bad tokenizer; whatever `encode` raises.
     """
-    coder = load_tokenizer(tokenizer)
     if not workers:
-        yield from ((key, coder.encode(texts)) for key, texts in batches)
+        coder = load_tokenizer(tokenizer)
+        yield from ((item, encode(coder, item)) for item in items)
         return
     # Never by fork, which copies the locks of a process that has threads.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _load, (tokenizer,))
-    waiting: deque[tuple[K, Future[list[Ids]]]] = deque()
+    waiting: deque[tuple[T, Future[R]]] = deque()
     try:
-        for key, texts in batches:
-            waiting.append((key, pool.submit(_encode, texts)))
+        for item in items:
+            waiting.append((item, pool.submit(_call, encode, item)))
             if len(waiting) > AHEAD * workers:
                 first, future = waiting.popleft()
                 yield first, future.result()
@@ -45,8 +47,9 @@ _coder: Tokenizer
 
 def _load(tokenizer: str) -> None:
     global _coder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of threads in each process; the processes are enough
     _coder = load_tokenizer(tokenizer)
 
 
-def _encode(texts: list[str]) -> list[Ids]:
-    return _coder.encode(texts)
+def _call(encode: Callable[[Tokenizer, Any], R], item: Any) -> R:
+    return encode(_coder, item)

@@ -9,13 +9,13 @@ A `PREFIX.json` beside them, which `nlm tokenize` writes, states facts that woul
 import json
 import os
 import struct
-from array import array
+import zlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from io import BufferedWriter
+from io import BufferedRandom, BufferedWriter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, NamedTuple, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,64 +36,95 @@ def shard_path(prefix: str | Path, suffix: str) -> Path:
     return Path(str(prefix).removesuffix(".bin").removesuffix(".idx") + suffix)
 
 
+class Saved(NamedTuple):
+    """How much of a shard is written, and a checksum of its tokens' bytes."""
+
+    documents: int = 0
+    tokens: int = 0
+    crc32: int = 0
+
+
 @final
 class ShardWriter:
     """Context manager that writes PREFIX.bin and PREFIX.idx, whole on a clean exit, not at all otherwise.
 
-    Tokens are uint16 when `vocab_size` <= 65500, else int32.
+    Tokens are uint16 when `vocab_size` <= 65500, else int32. What was saved before an error is kept beside them, and a
+    writer that is told how much that was goes on there.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int) -> None:
+    def __init__(self, prefix: str | Path, vocab_size: int, saved: Saved = Saved()) -> None:  # noqa: B008
+        """`saved`: what is there already, as `save` gave it."""
         self.vocab_size = vocab_size
         self._code = UINT16 if vocab_size <= 65500 else INT32
+        self._dtype = np.dtype(DTYPES[self._code])
         self._prefix = prefix
-        self._partial = {suffix: shard_path(prefix, f"{suffix}.partial") for suffix in (".bin", ".idx")}
-        self._lengths = array("i")  # refuses a document of 2**31 tokens, which the format cannot hold
+        self._partial = {suffix: shard_path(prefix, f"{suffix}.partial") for suffix in (".bin", ".lengths", ".idx")}
+        self._saved = self._written = saved
 
     def __enter__(self) -> Self:
         self._partial[".bin"].parent.mkdir(parents=True, exist_ok=True)
-        self._bin = open(self._partial[".bin"], "wb")
+        documents, tokens, _ = self._saved
+        self._bin = _open_at(self._partial[".bin"], tokens * self._dtype.itemsize)
+        self._lengths = _open_at(self._partial[".lengths"], documents * 4)
         return self
 
     def add_document(self, ids: Sequence[int] | NDArray[np.integer]) -> None:
-        """[n_tokens] ids of one document, its end-of-document id included.
+        """[n_tokens] ids of one document, its end-of-document id included; errors as of `add_documents`."""
+        self.add_documents(np.asarray(ids), [len(ids)])
 
-        Errors: ValueError for ids that are not integers in range(vocab_size).
+    def add_documents(self, tokens: NDArray[np.integer], lengths: Sequence[int] | NDArray[np.integer]) -> None:
+        """[n_tokens] ids of documents of these lengths, one behind the other.
+
+        Errors: ValueError for ids that are not integers in range(vocab_size), or a document of 2**31 tokens, which
+        the format cannot hold.
         """
-        tokens = np.asarray(ids)
+        documents, n_tokens, crc32 = self._written
         if tokens.size and (tokens.ndim != 1 or tokens.dtype.kind not in "iu"):
             raise ValueError(f"a document is a list of integer ids, got {tokens.dtype} {tokens.shape}")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(
-                f"document {len(self._lengths)}: expected ids in range({self.vocab_size}), "
+                f"document {documents}: expected ids in range({self.vocab_size}), "
                 f"got {tokens.min()} to {tokens.max()}; give the vocab_size of the tokenizer that made them"
             )
-        self._lengths.append(tokens.size)
-        tokens.astype(DTYPES[self._code]).tofile(self._bin)
+        if (longest := max(lengths, default=0)) >= 1 << 31:
+            raise ValueError(f"document {documents}: expected fewer than 2**31 tokens, got {longest}; divide it")
+        stored = tokens.astype(self._dtype)
+        stored.tofile(self._bin)
+        np.asarray(lengths, "<i4").tofile(self._lengths)
+        crc32 = zlib.crc32(stored.data, crc32)
+        self._written = Saved(documents + len(lengths), n_tokens + tokens.size, crc32)
+
+    def save(self) -> Saved:
+        """Makes what is written so far safe from a crash -> how much that is."""
+        _sync(self._bin)
+        _sync(self._lengths)
+        self._saved = self._written
+        return self._saved
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with self._bin:
+            with self._bin, self._lengths:
                 if kind is not None:
                     return
-                _sync(self._bin)
+                self.save()
             with open(self._partial[".idx"], "wb") as idx:
-                idx.write(self._index())
+                idx.write(self._index(np.fromfile(self._partial[".lengths"], "<i4")))
                 _sync(idx)
             # The old index and facts go first: never may they stand beside the new tokens.
             for stale in (".idx", ".json"):
                 shard_path(self._prefix, stale).unlink(missing_ok=True)
-            for suffix, partial in self._partial.items():
-                os.replace(partial, shard_path(self._prefix, suffix))
+            for suffix in ".bin", ".idx":
+                os.replace(self._partial[suffix], shard_path(self._prefix, suffix))
+            self._saved = Saved()
         finally:
-            for partial in self._partial.values():
-                partial.unlink(missing_ok=True)
+            if not any(self._saved):
+                for partial in self._partial.values():
+                    partial.unlink(missing_ok=True)
 
-    def _index(self) -> bytes:
-        lengths = np.array(self._lengths, "<i4")
-        offsets = (_starts(lengths)[:-1] * np.dtype(DTYPES[self._code]).itemsize).astype("<i8")
+    def _index(self, lengths: NDArray[np.int32]) -> bytes:
+        offsets = (_starts(lengths)[:-1] * self._dtype.itemsize).astype("<i8")
         boundaries = np.arange(len(lengths) + 1, dtype="<i8")  # one sequence a document
         header = HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(boundaries))
         return header + lengths.tobytes() + offsets.tobytes() + boundaries.tobytes()
@@ -217,6 +248,13 @@ def _starts(lengths: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def _sync(file: BufferedWriter) -> None:
+def _open_at(path: Path, size: int) -> BufferedRandom:
+    """For writing on after the first `size` bytes. Errors: OSError when there are fewer."""
+    file = open(path, "r+b" if size else "w+b")  # noqa: SIM115, the writer closes it
+    file.truncate(file.seek(size))
+    return file
+
+
+def _sync(file: BufferedRandom | BufferedWriter) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -3,9 +3,12 @@
 Files are read by Hugging Face `datasets` in streaming mode, an extra (`pip install 'nlm[stream]'`).
 """
 
+import itertools
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from glob import glob
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, final
 
@@ -16,7 +19,7 @@ from numpy.typing import NDArray
 from nlm.data.encode import encode_in_order
 from nlm.data.order import Permutation
 from nlm.data.source import Rows
-from nlm.data.tokenizer import Ids, load_tokenizer, tokenizer_sha256
+from nlm.data.tokenizer import Ids, Tokenizer, load_tokenizer, tokenizer_sha256
 
 CHUNK_CHARS = 1 << 20  # of text that is encoded together
 RETRY_S: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)  # how long to wait before a remote file is tried again
@@ -84,7 +87,14 @@ class StreamSource:
         return float(self._position["epoch"])
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"files": self._files, "text_field": self._text_field, "tokenizer": tokenizer_sha256(self._tokenizer)}
+        """With the sizes of local files; of remote ones there are only the names."""
+        found = sorted(path for pattern in self._files for path in glob(pattern, recursive=True))
+        return {
+            "files": self._files,
+            "bytes": {path: os.path.getsize(path) for path in found},
+            "text_field": self._text_field,
+            "tokenizer": tokenizer_sha256(self._tokenizer),
+        }
 
     def state(self) -> State:
         """Where the next row is to be had."""
@@ -118,21 +128,26 @@ class StreamSource:
 
     def _pack(self) -> Rows:
         """The next S+1 tokens, of which S are used up."""
-        end = self._used + self._seq_len + 1
-        while sum(len(chunk.tokens) for chunk in self._window) < end:
-            self._window.append(next(self._chunks))
-        tokens = np.concatenate([chunk.tokens for chunk in self._window])[self._used : end]
-        starts = np.concatenate([chunk.starts for chunk in self._window])[self._used : end]
+        tokens, starts, first, missing = [], [], self._used, self._seq_len + 1
+        for i in itertools.count():
+            if i == len(self._window):
+                self._window.append(next(self._chunks))
+            tokens.append(self._window[i].tokens[first : first + missing])
+            starts.append(self._window[i].starts[first : first + missing])
+            first, missing = 0, missing - len(tokens[-1])
+            if not missing:
+                break
         self._used += self._seq_len
         while self._used >= len(self._window[0].tokens):
             self._used -= len(self._window.popleft().tokens)
-        return Rows(tokens.astype(np.int64), starts)
+        return Rows(np.concatenate(tokens).astype(np.int64), np.concatenate(starts))
 
     def _read(self, epoch: int, state: State | None) -> Iterator[Chunk]:
         """Pass after pass over the files, from where a dataset's state says."""
         while True:
             chunks = 0
-            for before, documents in encode_in_order(self._texts(state), self._tokenizer, self._workers):
+            texts = self._texts(state)
+            for (before, _), documents in encode_in_order(_encode, texts, self._tokenizer, self._workers):
                 if documents := [document for document in documents if document.size]:
                     starts = np.zeros(sum(len(document) + 1 for document in documents), np.bool_)
                     starts[np.cumsum([0] + [len(document) + 1 for document in documents[:-1]])] = True
@@ -185,6 +200,10 @@ class StreamSource:
                 yield values, dataset.state_dict()
                 values, chars = [], 0
         yield values, dataset.state_dict()
+
+
+def _encode(coder: Tokenizer, chunk: tuple[State | None, list[str]]) -> list[Ids]:
+    return coder.encode(chunk[1])
 
 
 def _kind(files: list[str]) -> str:

@@ -4,20 +4,24 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from nlm.data.documents import find_files, read_documents
-from nlm.data.shards import ShardWriter, shard_path
-from nlm.data.tokenizer import load_tokenizer, tokenizer_sha256, train_sentencepiece
+from nlm.data.documents import Unit, find_files, read_documents, units
+from nlm.data.encode import encode_in_order
+from nlm.data.shards import Saved, ShardWriter, TokenShard, shard_path
+from nlm.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256, train_sentencepiece
 
-BATCH_CHARS = 1 << 22  # encoded together
+BATCH_CHARS = 1 << 20  # encoded together
+SCAN_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,30 @@ class Summary:
     seconds: float
 
 
+class Encoded(NamedTuple):
+    """Documents one behind the other, and how many bytes of text they were."""
+
+    tokens: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    bytes: int
+
+
 def tokenize(
     inputs: list[str],
     out: str,
     tokenizer: str | None,
     train_tokenizer: int | None,
     text_field: str = "text",
+    workers: int = 0,
 ) -> Summary:
     """Write OUT.bin, OUT.idx and OUT.json; with `train_tokenizer`, a vocabulary size, OUT.model too.
 
     Documents keep the order of `inputs`, each followed by the tokenizer's eod; one without tokens is left
-    out. Nothing is written unless all of it can be; what was there before is then replaced.
+    out. `workers` processes read and encode. What was there before is replaced when all is written and read again;
+    a run that was interrupted before goes on where it was, if its inputs are what they were.
 
     Errors: ValueError for bad inputs (see `documents`), a bad tokenizer, both or neither of the two ways to
-    name one, or no text at all.
+    name one, or no text at all; OSError where the files cannot be written, or do not hold what was written.
     """
     started_s = time.perf_counter()
     if (tokenizer is None) == (train_tokenizer is None):
@@ -56,38 +70,91 @@ def tokenize(
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch, _progress() as progress:
         if train_tokenizer is not None:
             trained = Path(scratch, model.name)
-            train_sentencepiece(_texts(files, text_field, progress, "training"), train_tokenizer, trained)
+            train_sentencepiece(_texts(files, text_field, progress), train_tokenizer, trained)
             tokenizer = str(trained)
         assert tokenizer is not None, "exactly one of the two ways to name a tokenizer was given"
         coder = load_tokenizer(tokenizer)
-
-        documents, n_bytes, counts = 0, 0, np.zeros(coder.vocab_size, np.int64)
-        with ShardWriter(out, coder.vocab_size) as shard:
-            for texts in _batched(_texts(files, text_field, progress, "encoding")):
-                for text, ids in zip(texts, coder.encode(texts), strict=True):
-                    if ids.size:
-                        document = np.append(ids, coder.eod)
-                        shard.add_document(document)
-                        np.add.at(counts, document, 1)
-                        documents, n_bytes = documents + 1, n_bytes + len(text.encode())
-            if not documents:
+        settings = [tokenizer_sha256(tokenizer), coder.vocab_size, text_field]
+        with Journal(out, settings, list(units(files))) as journal, journal.writer(coder.vocab_size) as shard:
+            task = progress.add_task("encoding", total=_bytes(*journal.units), completed=int(_bytes(*journal.done)))
+            work = ((unit, text_field) for unit in journal.units[len(journal.done) :])
+            workers = workers if len(journal.units) > 1 else 0
+            for (unit, _), encoded in encode_in_order(_encode, work, tokenizer, workers):
+                shard.add_documents(encoded.tokens, encoded.lengths)
+                journal.add(unit, shard.save(), encoded.bytes)
+                progress.advance(task, _bytes(unit))
+            if not journal.saved.documents:
                 raise ValueError(f"empty corpus: no text in {len(files)} files; give inputs that hold text")
-            stated = {
-                "tokenizer": Path(tokenizer).name,
-                "tokenizer_sha256": tokenizer_sha256(tokenizer),
-                "vocab_size": coder.vocab_size,
-                "eod": coder.eod,
-                "documents": documents,
-                "tokens": int(counts.sum()),
-                "max_token": int(counts.nonzero()[0].max()),
-                "unigram_entropy_nats": _entropy_nats(counts),
-            }
-            Path(scratch, facts.name).write_text(json.dumps(stated, indent=2))
+        written = TokenShard(out)
+        counts, crc32 = _read_again(written.tokens, coder.vocab_size)
+        if Saved(written.n_documents, written.n_tokens, crc32) != journal.saved:
+            raise OSError(f"{out}: what is there is not what was written ({journal.saved}); check the disk")
+        stated = {
+            "tokenizer": Path(tokenizer).name,
+            "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "vocab_size": coder.vocab_size,
+            "eod": coder.eod,
+            "documents": written.n_documents,
+            "tokens": written.n_tokens,
+            "max_token": int(counts.nonzero()[0].max()),
+            "unigram_entropy_nats": _entropy_nats(counts),
+        }
+        Path(scratch, facts.name).write_text(json.dumps(stated, indent=2))
         if train_tokenizer is not None:
             os.replace(trained, model)
         os.replace(Path(scratch, facts.name), facts)
     seconds = time.perf_counter() - started_s
-    return Summary(documents, int(counts.sum()), n_bytes, _entropy_nats(counts), seconds)
+    return Summary(written.n_documents, written.n_tokens, journal.bytes, _entropy_nats(counts), seconds)
+
+
+class Journal:
+    """OUT.journal: a line of JSON a unit that is written, by which an interrupted run goes on.
+
+    The units that it finds done are those at the beginning whose files are what they were, under the same settings.
+    """
+
+    def __init__(self, out: str, settings: Sequence[object], units: list[Unit]) -> None:
+        self.units, self.done = units, list[Unit]()
+        self.saved, self.bytes = Saved(), 0
+        self._out, self._path = out, shard_path(out, ".journal")
+        lines = [json.dumps([*settings]) + "\n"]
+        before = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
+        if before[:1] == lines:
+            for unit, line in zip(units, before[1:], strict=False):
+                entry = json.loads(line) if line.endswith("\n") else {}
+                if entry.get("unit") != _identity(unit):
+                    break
+                self.saved, self.bytes = Saved(*entry["saved"]), entry["bytes"]
+                self.done.append(unit)
+                lines.append(line)
+        self._path.write_text("".join(lines), encoding="utf-8")
+
+    def add(self, unit: Unit, saved: Saved, n_bytes: int) -> None:
+        self.saved, self.bytes = saved, self.bytes + n_bytes
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"unit": _identity(unit), "saved": saved, "bytes": self.bytes}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def writer(self, vocab_size: int) -> ShardWriter:
+        return ShardWriter(self._out, vocab_size, self.saved)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """It is kept for another try only if there is something to go on from."""
+        if kind is None or not self.saved.documents:
+            self._path.unlink()
+
+
+def _identity(unit: Unit) -> list[object]:
+    stats = [(piece, os.stat(piece.path)) for piece in unit]
+    return [[*piece[:3], stat.st_size, stat.st_mtime_ns] for piece, stat in stats]
+
+
+def _bytes(*units: Unit) -> float:
+    return sum(piece.bytes for unit in units for piece in unit)
 
 
 def _progress() -> Progress:
@@ -96,12 +163,25 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def _texts(files: list[Path], text_field: str, progress: Progress, doing: str) -> Iterator[str]:
-    task = progress.add_task(doing, total=sum(file.stat().st_size for file in files))
-    for file in files:
-        for text, file_bytes in read_documents(file, text_field):
-            yield text
-            progress.advance(task, file_bytes)
+def _texts(files: list[Path], text_field: str, progress: Progress) -> Iterator[str]:
+    task = progress.add_task("training", total=sum(file.stat().st_size for file in files))
+    for unit in units(files):
+        for piece in unit:
+            yield from read_documents(piece, text_field)
+            progress.advance(task, piece.bytes)
+
+
+def _encode(coder: Tokenizer, work: tuple[Unit, str]) -> Encoded:
+    unit, text_field = work
+    documents: list[NDArray[np.int32]] = []
+    n_bytes = 0
+    for texts in _batched(text for piece in unit for text in read_documents(piece, text_field)):
+        for text, ids in zip(texts, coder.encode(texts), strict=True):
+            if ids.size:
+                documents.append(np.append(ids, np.int32(coder.eod)))
+                n_bytes += len(text.encode())
+    lengths = np.array([len(document) for document in documents], np.int32)
+    return Encoded(np.concatenate([np.empty(0, np.int32), *documents]), lengths, n_bytes)
 
 
 def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -113,6 +193,16 @@ def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
             yield batch
             batch, chars = [], 0
     yield batch
+
+
+def _read_again(tokens: NDArray[np.integer], vocab_size: int) -> tuple[NDArray[np.int64], int]:
+    """[n_tokens] -> how often each token comes [vocab_size], and the checksum of all."""
+    counts, crc32 = np.zeros(vocab_size, np.int64), 0
+    for start in range(0, len(tokens), SCAN_TOKENS):
+        part = np.array(tokens[start : start + SCAN_TOKENS])
+        counts += np.bincount(part, minlength=vocab_size)
+        crc32 = zlib.crc32(part.data, crc32)
+    return counts, crc32
 
 
 def _entropy_nats(counts: NDArray[np.int64]) -> float:

@@ -80,6 +80,15 @@ def test_the_layout_changes_nothing(row: Row, layout: str, prover: Prover) -> No
     prover.prove(row, layout)
 
 
+def test_a_stream_reaches_every_rank(prover: Prover) -> None:
+    text = {"files": [str(prover.folder / "play.jsonl")], "tokenizer": "byte", "weight": 1.0, "workers": 0}
+    shards = {"path": str(prover.folder / "tokens"), "weight": 1.0}
+    data = {"train": [text, shards], "document_mask": True}
+    row = replace(SCHEMES[0], name="stream", data=data, precision="fp64")
+    for layout in ("hsdp2x2", "tp2xpp2"):
+        prover.prove(row, layout)
+
+
 def test_everything_is_in_it() -> None:
     assert {layout for (_, layout), _ in CELLS} == set(LAYOUTS)
     assert {name for (name, _), _ in CELLS} >= set(SCHEME_ROWS) | set(NORM_ROWS)

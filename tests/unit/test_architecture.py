@@ -12,9 +12,9 @@ from nlm import SCHEMES
 PACKAGE = Path(nlm.__file__).parent
 LEVELS = [
     ["nlm.anatomy", "nlm.config", "nlm.parallel.watch"],
-    ["nlm.layout", "nlm.parallel.tensor", "nlm.parallel.launch"],
-    ["nlm.norms", "nlm.runtime", "nlm.mesh", "nlm.data"],
-    ["nlm.schemes", "nlm.attention"],
+    ["nlm.batch", "nlm.layout", "nlm.parallel.tensor", "nlm.parallel.launch"],
+    ["nlm.norms", "nlm.runtime", "nlm.mesh"],
+    ["nlm.schemes", "nlm.attention", "nlm.data"],
     ["nlm.model"],
     ["nlm.init", "nlm.parallel.pieces"],
     ["nlm.optim", "nlm.statistics"],

@@ -1,12 +1,14 @@
 """TOML and overrides to a Config: what wins over what, and every problem said at once."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nlm import NORMS, SCHEMES, SCORES, load_config
-from nlm.config import ConfigError
+from nlm.config import Config, ConfigError
 
 MINIMAL = """
 [model]
@@ -181,3 +183,29 @@ def test_every_size_goes_with_every_scheme(scheme: Path, size: Path, tmp_path: P
 @pytest.mark.parametrize("run", [CONFIGS / "quickstart.toml", *(CONFIGS / "runs").glob("*.toml")], ids=lambda p: p.stem)
 def test_every_run_is_whole(run: Path) -> None:
     assert load_config(run).train.steps > 0
+
+
+@pytest.mark.parametrize(
+    ("sources", "problem"),
+    [
+        ([], "data.train.sources: list should have at least 1 item"),
+        ([{"weight": 1.0}], "a path to shards or text files, one of the two"),
+        ([{"path": "a", "files": ["b.txt"]}], "a path to shards or text files, one of the two"),
+        ([{"files": ["b.txt"], "weight": 1.0}], "a tokenizer and a weight for text files"),
+        ([{"files": ["b.txt"], "tokenizer": "byte"}], "a tokenizer and a weight for text files"),
+        ([{"path": "a", "shuffle": 2, "workers": 0}], "shuffle, workers: of text files only"),
+        ([{"path": "a", "weight": 0.5}, {"path": "b"}], "a weight for every source, or, of shards only, for none"),
+        ([{"path": "a"}, {"path": "b"}, {"path": "a"}], "a is there twice; add the weights up"),
+    ],
+)
+def test_sources_that_contradict_themselves(sources: object, problem: str, make_config: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        make_config(data={"train": sources})
+
+
+def test_sources_survive_toml(tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    text = {"files": ["b/*.txt", "c.txt"], "tokenizer": "byte", "weight": 2.0}
+    config = make_config(data={"train": [{"path": "a", "weight": 1.0}, text], "document_mask": True})
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert load_config(tmp_path / "config.toml") == config
+    assert [source.path for source in config.data.sources] == ["a", None]

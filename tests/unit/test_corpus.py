@@ -170,8 +170,8 @@ def test_without_weights_every_token_counts_the_same(tmp_path: Path, make_config
 
 def test_a_fingerprint_knows_every_change(tmp_path: Path, make_config: MakeConfig) -> None:
     path = write(tmp_path / "a", range(100), range(50))
-    before = corpus(make_config, path).fingerprint()
-    assert json.loads(json.dumps(before)) == before == corpus(make_config, path).fingerprint()
+    before = corpus(make_config, path).fingerprint
+    assert json.loads(json.dumps(before)) == before == corpus(make_config, path).fingerprint
     for documents in ((range(101), range(50)), (range(50), range(100)), (range(100), range(1, 51))):
         write(tmp_path / "a", *documents)
-        assert corpus(make_config, path).fingerprint() != before
+        assert corpus(make_config, path).fingerprint != before

