@@ -1,26 +1,31 @@
-"""Checkpoints: complete or not there at all.
+"""Checkpoints: complete or not there at all, and written while training goes on.
 
 A checkpoint is a folder `checkpoints/step-00000100/` with
 
-    config.toml             the resolved config
-    data.json               what the data was, and where streams stand
-    model.safetensors       every parameter under its canonical name
-    optimizer.safetensors   NAME.exp_avg and NAME.exp_avg_sq of every parameter
-    state.safetensors       step [] (which is also the position in the data) and the RNG states
+    config.toml            the resolved config
+    data.json              what the data was, and where streams stand
+    state.safetensors      the random number generators
+    tensors/               every parameter under its canonical name, and NAME.exp_avg and NAME.exp_avg_sq (see storage)
+    checksums.json         SHA-256 of all of these
 
 It is written beside its final name, flushed to the disk and renamed. Reading it executes no code.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from nlm.build import build_model, load_config
@@ -28,36 +33,120 @@ from nlm.config import Config, ConfigError
 from nlm.data.corpus import Corpus
 from nlm.model import Held, Transformer, held
 from nlm.parallel.engine import Engine
+from nlm.storage import Rectangle, read, write
 
+T = TypeVar("T")
 PARTIAL = ".partial-"
+SUMS = "checksums.json"
+TENSORS = "tensors"
 
 
-def save_checkpoint(run: Path, step: int, engine: Engine, corpus: Corpus) -> None:
-    """Writes `run/checkpoints/step-…`, then removes all but the newest checkpoint.keep_last.
+class Checkpointer:
+    """Writes the checkpoints of a run, one at a time, in a thread and process group of its own.
 
-    All ranks give what they hold; the one that speaks writes it, the same whatever the layout.
+    A checkpoint that cannot be written is reported; the run goes on, and the older ones stay.
     """
-    model, optimizer = engine.pieces.gather(engine.pieces.tensors), _optimizer_state(engine)
-    if not engine.mesh.speaks:
-        return
-    config, folder = engine.config, run / "checkpoints"
-    final = folder / f"step-{step:08d}"
-    partial = folder / f"{PARTIAL}{final.name}"
-    for leftover in folder.glob(f"{PARTIAL}*"):
-        shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-    (partial / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-    data = {"fingerprint": corpus.fingerprint, "state": corpus.state()}
-    (partial / "data.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
-    save_file(model, partial / "model.safetensors")
-    save_file(optimizer, partial / "optimizer.safetensors")
-    save_file({"step": torch.tensor(step), **_rng_state()}, partial / "state.safetensors")
-    for path in (*partial.iterdir(), partial):
-        _fsync(path)
-    partial.rename(final)
-    _fsync(folder)
-    for old in checkpoints(run)[: -config.checkpoint.keep_last]:
-        shutil.rmtree(old.rename(folder / f"{PARTIAL}{old.name}"))  # nor is one half removed ever taken for whole
+
+    def __init__(self, run: Path, engine: Engine, corpus: Corpus) -> None:
+        self.engine, self.corpus = engine, corpus
+        self.folder = run / "checkpoints"
+        self._group = dist.new_group(backend="gloo") if engine.mesh.device_mesh is not None else None
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: tuple[int, Future[None]] | None = None
+        self._copies: dict[str, Tensor] = {}
+
+    def save(self, step: int) -> str | None:
+        """Copies everything and begins to write it, when the checkpoint before is done -> what `finish` says of that.
+
+        All ranks call it, after the same step.
+        """
+        said = self.finish()
+        rectangles = [self._copied(rectangle) for rectangle in _rectangles(self.engine)]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        data = {"fingerprint": self.corpus.fingerprint, "state": self.corpus.state()}
+        files = {
+            "config.toml": self.engine.config.to_toml().encode(),
+            "data.json": json.dumps(data, indent=1).encode(),
+            "state.safetensors": save(_rng_state()),
+        }
+        own = files if self.engine.mesh.speaks else {}
+        self._writing = step, self._thread.submit(self._write, step, rectangles, own)
+        return said
+
+    def finish(self) -> str | None:
+        """Waits for the checkpoint that is being written; what went wrong with it, or None."""
+        if self._writing is None:
+            return None
+        (step, future), self._writing = self._writing, None
+        if (error := future.exception()) is None:
+            return None
+        return f"the checkpoint of step {step} could not be written and is left out: {error}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Errors: OSError when the last checkpoint of a run without error could not be written."""
+        problem = self.finish()
+        self._thread.shutdown()
+        if problem and kind is None:
+            raise OSError(problem)
+
+    def _copied(self, rectangle: Rectangle) -> Rectangle:
+        """In CPU memory, the same at every save."""
+        source = rectangle.tensor
+        if rectangle.key not in self._copies:
+            pinned = source.device.type == "cuda"
+            self._copies[rectangle.key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=pinned)
+        copy = self._copies[rectangle.key].copy_(source, non_blocking=True)
+        return Rectangle(rectangle.name, rectangle.shape, rectangle.offsets, copy)
+
+    def _write(self, step: int, rectangles: list[Rectangle], files: dict[str, bytes]) -> None:
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f"{PARTIAL}{final.name}"
+        speaks, rank = self.engine.mesh.speaks, 0 if self._group is None else self._group.rank()
+        try:
+            self._together(lambda: _begin(partial, files) if speaks else None)
+            write(partial / TENSORS, rectangles, self._group)
+            mine = f"shard-{rank + 1:05d}-*"
+            sums = self._together(
+                lambda: {f"{TENSORS}/{path.name}": _sha256(path) for path in (partial / TENSORS).glob(mine)}
+            )
+            if speaks:
+                sums.append({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+                _store(partial / SUMS, json.dumps(dict(ChainMap(*sums)), indent=1, sort_keys=True).encode())
+                _publish(partial, final)
+                self._retire()
+        except BaseException:
+            if speaks:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _retire(self) -> None:
+        """Removes all but the newest keep_last, and every keep_every-th."""
+        keep = self.engine.config.checkpoint
+        for old in checkpoints(self.folder.parent)[: -keep.keep_last]:
+            if not keep.keep_every or saved_step(old) % keep.keep_every:
+                # Nor is one half removed ever taken for whole.
+                shutil.rmtree(old.rename(self.folder / f"{PARTIAL}{old.name}"))
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """What every rank makes of it. Errors, on all ranks: that of the lowest on which there is one."""
+        if self._group is None:
+            return [work()]
+        try:
+            mine: T | OSError = work()
+        except OSError as error:
+            mine = error
+        results: list[Any] = [None] * self._group.size()
+        dist.all_gather_object(results, mine, group=self._group)
+        for result in results:
+            if isinstance(result, OSError):
+                raise result
+        return results
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -70,12 +159,21 @@ def saved_step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def verify(path: Path) -> None:
+    """Reads all of a checkpoint. Errors: ValueError naming every file that is missing or not what was written."""
+    checkpoint_config(path)
+    sums = _json(path / SUMS)
+    bad = [name for name, expected in sums.items() if not (path / name).is_file() or _sha256(path / name) != expected]
+    if bad:
+        raise ValueError(f"{path}: missing or damaged: {', '.join(bad)}; use an older checkpoint")
+
+
 def load_checkpoint(path: str | Path) -> tuple[Transformer, Config]:
     """The whole model of a checkpoint and its config. Errors: ValueError when it is missing or damaged."""
     path = Path(path)
     config = checkpoint_config(path)
     model = build_model(config)
-    _restore_parameters(path, list(held(model)))
+    _read(path, [_rectangle(h.name, h, h.tensor) for h in held(model)])
     return model, config
 
 
@@ -87,18 +185,22 @@ def checkpoint_config(path: Path) -> Config:
 
 def resume(path: Path, engine: Engine, corpus: Corpus) -> int:
     """Puts everything back in place, in any layout, and returns the last finished step."""
-    _restore_parameters(path, engine.pieces.held)
-    corpus.load_state(_data(path)["state"])
-    engine.start_after(saved_step(path))
-    with _open(path / "optimizer.safetensors") as saved:
-        for field, tensors in engine.moments().items():
-            for h, tensor in zip(engine.pieces.held, tensors, strict=True):
-                tensor.copy_(_part(saved, f"{h.name}.{field}", h))
-    with _open(path / "state.safetensors") as extra:
-        torch.set_rng_state(extra.get_tensor("rng_cpu"))
-        if torch.cuda.is_available() and "rng_cuda" in extra.keys():  # noqa: SIM118, it is no mapping
-            torch.cuda.set_rng_state(extra.get_tensor("rng_cuda"))
-        return int(extra.get_tensor("step"))
+    pieces, step = engine.pieces.held, saved_step(path)
+    _read(path, [_rectangle(h.name, h, h.tensor) for h in pieces])
+    engine.start_after(step)
+    moments = engine.moments().items()
+    _read(
+        path, [_rectangle(f"{h.name}.{f}", h, t) for f, all_of in moments for h, t in zip(pieces, all_of, strict=True)]
+    )
+    corpus.load_state(_json(path / "data.json")["state"])
+    try:
+        with safe_open(path / "state.safetensors", framework="pt") as extra:
+            torch.set_rng_state(extra.get_tensor("rng_cpu"))
+            if torch.cuda.is_available() and "rng_cuda" in extra.keys():  # noqa: SIM118, it is no mapping
+                torch.cuda.set_rng_state(extra.get_tensor("rng_cuda"))
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path / "state.safetensors", error) from error
+    return step
 
 
 def refuse_changed_model(path: Path, config: Config) -> None:
@@ -121,7 +223,7 @@ def refuse_changed_model(path: Path, config: Config) -> None:
 
 def refuse_changed_data(path: Path, corpus: Corpus, config: Config) -> None:
     """Errors: ConfigError naming every source that is not what it was, unless data.allow_changed."""
-    saved, now = _data(path)["fingerprint"], corpus.fingerprint
+    saved, now = _json(path / "data.json")["fingerprint"], corpus.fingerprint
     if saved == now or config.data.allow_changed:
         return
     raise ConfigError(
@@ -140,19 +242,36 @@ def differences(saved: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[tu
         yield ", ".join(path), saved, now
 
 
-def _data(path: Path) -> dict[str, Any]:
+def _rectangles(engine: Engine) -> Iterator[Rectangle]:
+    """What this rank stands for, of the parameters and of both moments."""
+    pieces, moments = engine.pieces, engine.moments()
+    for i in pieces.counted:
+        h = pieces.held[i]
+        yield _rectangle(h.name, h, h.tensor)
+        for field, tensors in moments.items():
+            yield _rectangle(f"{h.name}.{field}", h, tensors[i])
+
+
+def _rectangle(name: str, h: Held, tensor: Tensor) -> Rectangle:
+    return Rectangle(name, h.weight.shape, tuple(span.start for span in h.spans), tensor)
+
+
+def _read(path: Path, rectangles: list[Rectangle]) -> None:
     try:
-        return json.loads((path / "data.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        read(path / TENSORS, rectangles)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}/data.json: missing or damaged ({error}); resume from an older checkpoint") from None
+        raise _damaged(path, error) from error
 
 
-def _optimizer_state(engine: Engine) -> dict[str, Tensor]:
-    return {
-        f"{name}.{field}": tensor
-        for field, tensors in engine.moments().items()
-        for name, tensor in engine.pieces.gather(tensors).items()
-    }
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: missing or damaged ({error}); resume from an older checkpoint")
 
 
 def _rng_state() -> dict[str, Tensor]:
@@ -160,33 +279,36 @@ def _rng_state() -> dict[str, Tensor]:
     return {"rng_cpu": torch.get_rng_state(), **cuda}
 
 
-@torch.no_grad()
-def _restore_parameters(path: Path, pieces: Sequence[Held]) -> None:
-    with _open(path / "model.safetensors") as saved:
-        if missing := sorted({h.name for h in pieces} - set(saved.keys())):
-            raise ValueError(
-                f"{path}: not a checkpoint of this model: it lacks {len(missing)} names, first {missing[0]}"
-            )
-        for h in pieces:
-            h.tensor.copy_(_part(saved, h.name, h))
+def _begin(partial: Path, files: dict[str, bytes]) -> None:
+    for leftover in partial.parent.glob(f"{PARTIAL}*"):
+        shutil.rmtree(leftover)
+    (partial / TENSORS).mkdir(parents=True)
+    for name, content in files.items():
+        _store(partial / name, content)
 
 
-def _part(saved: Any, key: str, h: Held) -> Tensor:
-    """What a rank holds of a tensor in the file, on the rank's device; no more than that is read."""
-    tensor: Tensor = saved.get_slice(key)[h.slices]
-    return tensor.to(h.tensor.device, h.tensor.dtype)
+def _publish(partial: Path, final: Path) -> None:
+    _sync(partial / TENSORS)
+    _sync(partial)
+    partial.rename(final)
+    _sync(final.parent)
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: missing or damaged ({error}); resume from an older checkpoint") from None
+def _store(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

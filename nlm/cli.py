@@ -75,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="default: report")
     report.set_defaults(run=_report)
 
+    verify = verbs.add_parser("verify", help="read all of a checkpoint and compare it with its checksums")
+    verify.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step-00000100")
+    verify.set_defaults(run=_verify)
+
     schemes = verbs.add_parser("schemes", help="list the normalization schemes, with their fields")
     schemes.set_defaults(run=_schemes)
     return parser
@@ -107,6 +111,14 @@ def _report(options: argparse.Namespace) -> None:
 
     for picture in report(options.runs, options.out):
         print(picture)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from nlm.checkpoint import verify
+
+    for checkpoint in options.checkpoints:
+        verify(checkpoint)
+        print(f"{checkpoint}: whole")
 
 
 def _schemes(options: argparse.Namespace) -> None:

@@ -247,10 +247,12 @@ class DataConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """A checkpoint every `every` steps (0: only at the end), of which the newest `keep_last` are kept."""
+    """A checkpoint every `every` steps (0: only at the end), of which the newest `keep_last` are kept, and those of
+    every `keep_every` steps (0: none)."""
 
     every: NonNegativeInt = 0
     keep_last: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
 
 
 class StatisticsConfig(Section):

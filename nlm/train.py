@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nlm.build import build_engine
-from nlm.checkpoint import checkpoints, refuse_changed_data, refuse_changed_model, resume, save_checkpoint, saved_step
+from nlm.checkpoint import Checkpointer, checkpoints, refuse_changed_data, refuse_changed_model, resume, saved_step
 from nlm.config import Config
 from nlm.data.corpus import Corpus
 from nlm.data.rank import RankData
@@ -54,7 +54,10 @@ def _train(config: Config, mesh: Mesh) -> Path:
     start = resume(latest[0], engine, data.corpus) if latest else 0
     statistics = LayerStatistics(engine.pieces, config.model.n_layers) if config.statistics.enabled else None
 
-    with Log(run, config, start) if mesh.speaks else nullcontext() as log:
+    with (
+        Log(run, config, start) if mesh.speaks else nullcontext() as log,
+        Checkpointer(run, engine, data.corpus) as checkpointer,
+    ):
         if log:
             log.say(_greeting(engine, mesh))
             if start:
@@ -88,8 +91,8 @@ def _train(config: Config, mesh: Mesh) -> Path:
             if log:
                 log.write(step, scalars, vectors)
             require_finite(step, scalars, vectors)
-            if saves:
-                save_checkpoint(run, step, engine, data.corpus)
+            if saves and (problem := checkpointer.save(step)) and log:
+                log.say(problem)
             clock.restart()
     return run
 

@@ -31,12 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 from launched import free_port
-from safetensors.torch import load_file
 
 from nlm import NORMS, SCHEMES, SCORES, read_layers
 from nlm.build import parse_config
 from nlm.config import Config, ConfigError
 from nlm.data.tokenize import tokenize
+from nlm.parallel.engine import MOMENTS
+from nlm.storage import read_all
 
 STEPS = 5
 LIMITS = {"fp32": 1e-5, "fp64": 1e-9}
@@ -271,11 +272,12 @@ def differences(run: Path, reference: Path, exact: bool) -> dict[str, float]:
     compare = by_number if exact else by_norm
     for name in layers:
         found[f"layers/{name}"] = max(compare(a, b) for a, b in zip(layers[name], wanted[name], strict=True))
-    for file in ("model", "optimizer"):
-        path = f"checkpoints/step-{STEPS:08d}/{file}.safetensors"
-        tensors, whole = load_file(run / path), load_file(reference / path)
-        assert tensors.keys() == whole.keys(), "other parameters"
-        found[file] = max(by_norm(in_its_units(name, tensors), in_its_units(name, whole)) for name in tensors)
+    path = f"checkpoints/step-{STEPS:08d}/tensors"
+    tensors, whole = read_all(run / path), read_all(reference / path)
+    assert tensors.keys() == whole.keys(), "other parameters"
+    for name in tensors:
+        kind = "optimizer" if name.endswith(MOMENTS) else "model"
+        found[kind] = max(found.get(kind, 0.0), by_norm(in_its_units(name, tensors), in_its_units(name, whole)))
     return found
 
 

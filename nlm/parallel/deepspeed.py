@@ -85,7 +85,7 @@ class DeepSpeedEngine(Engine):
             loss = self.engine(part.inputs, part.targets, part.segments) * self.scale
             self.engine.set_gradient_accumulation_boundary(i + 1 == self.microbatches)
             self.engine.backward(loss, scale_wrt_gas=False)
-            losses.append(loss)
+            losses.append(loss.detach())
         return losses
 
     def forward(self, rows: Batch) -> Tensor:

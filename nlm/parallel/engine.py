@@ -76,9 +76,8 @@ class Engine(ABC):
         if rows.documents is None:
             return self.config.train.batch_tokens
         first = self.mesh.tp.rank == 0 and self.mesh.rank("pp") == 0
-        return self.mesh.sum(
-            rows.n_targets() if first else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        )
+        mine = rows.n_targets() if first else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        return self.mesh.sum(mine).clamp(min=1)  # a batch may have none
 
     def loss(self, rows: Batch) -> Tensor:
         """Rows, the same on all ranks -> [], their summed loss, likewise."""
@@ -162,7 +161,7 @@ class WholeEngine(TorchEngine):
             with self._communicate(last=i + 1 == self.microbatches):
                 loss = self.model(part.inputs, part.targets, part.segments) * self.scale
                 loss.backward()
-            losses.append(loss)
+            losses.append(loss.detach())
         return losses
 
     def forward(self, rows: Batch) -> Tensor:

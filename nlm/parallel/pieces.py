@@ -1,8 +1,6 @@
 """What the ranks hold of the parameters, as plain tensors, and what only all of them together know of them."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod
 from typing import TypeVar
 
 import torch
@@ -95,26 +93,6 @@ class Pieces:
             norms = torch.stack(torch._foreach_norm([tensors[i] for i in self.counted]))
             squares.index_add_(0, self._places, norms.to(squares).square())
         return self.mesh.sum(squares).sqrt()
-
-    def gather(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Tensors, one a piece -> the whole ones by name, in CPU memory of the rank that speaks; {} elsewhere."""
-        if self.mesh.device_mesh is None:
-            return {h.name: tensor for h, tensor in zip(self.held, tensors, strict=True)}
-        ours: dict[str, list[int]] = defaultdict(list)
-        for i in self.counted:
-            ours[self.held[i].name].append(i)
-        gathered: dict[str, Tensor] = {}
-        for bucket in _buckets(list(self.weights.items()), lambda entry: prod(entry[1].shape)):
-            sizes = [prod(weight.shape) for _, weight in bucket]
-            flat = torch.zeros(sum(sizes), dtype=tensors[0].dtype, device=self.mesh.device)
-            wholes = [f.view(weight.shape) for f, (_, weight) in zip(flat.split(sizes), bucket, strict=True)]
-            for whole, (name, _) in zip(wholes, bucket, strict=True):
-                for i in ours[name]:
-                    self.held[i].part_of(whole).copy_(tensors[i])
-            dist.reduce(flat, 0)
-            if self.mesh.speaks:
-                gathered |= {name: whole.cpu() for whole, (name, _) in zip(wholes, bucket, strict=True)}
-        return gathered
 
 
 def all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None, factor: float = 1.0) -> None:

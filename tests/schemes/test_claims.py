@@ -166,9 +166,9 @@ def test_k6_attention_logits_have_unit_spread(
     seen: list[tuple[Tensor, Tensor]] = []
     forward = Softmax.forward
 
-    def record(self: Softmax, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def record(self: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         seen.append((q.detach(), k.detach()))
-        return forward(self, q, k, v)
+        return forward(self, q, k, v, mask)
 
     monkeypatch.setattr(Softmax, "forward", record)
     build("ngpt", 4, n_heads=8, dim=256, position="rope")(text[:, :-1])

@@ -12,7 +12,7 @@ from nlm import SCHEMES
 PACKAGE = Path(nlm.__file__).parent
 LEVELS = [
     ["nlm.anatomy", "nlm.config", "nlm.parallel.watch"],
-    ["nlm.batch", "nlm.layout", "nlm.parallel.tensor", "nlm.parallel.launch"],
+    ["nlm.batch", "nlm.layout", "nlm.storage", "nlm.parallel.tensor", "nlm.parallel.launch"],
     ["nlm.norms", "nlm.runtime", "nlm.mesh"],
     ["nlm.schemes", "nlm.attention", "nlm.data"],
     ["nlm.model"],

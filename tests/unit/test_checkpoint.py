@@ -1,10 +1,10 @@
 """Checkpoints: what they hold, and that a damaged or foreign one is refused by name."""
 
-import os
+import errno
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event
 
 import numpy as np
 import pytest
@@ -12,12 +12,13 @@ import torch
 
 from nlm import load_checkpoint
 from nlm.build import build_engine
-from nlm.checkpoint import checkpoints, refuse_changed_model, resume, save_checkpoint
+from nlm.checkpoint import Checkpointer, checkpoints, refuse_changed_model, resume, verify
 from nlm.config import Config, ConfigError
 from nlm.data import ShardWriter, TokenShard
 from nlm.data.corpus import Corpus
 from nlm.mesh import Mesh
 from nlm.parallel.engine import Engine
+from nlm.storage import read_all, write
 from nlm.train import train
 
 RunConfig = Callable[..., Config]
@@ -39,7 +40,8 @@ def saved(run_config: RunConfig) -> Path:
 def test_the_model_of_a_checkpoint_is_the_trained_one(run_config: RunConfig, tmp_path: Path) -> None:
     config = run_config("model", {"tied": True, "scheme": {"name": "normformer"}})
     engine, tokens = stepped(config), torch.arange(24).view(2, 12)
-    save_checkpoint(tmp_path, 5, engine, Corpus(config))
+    with Checkpointer(tmp_path, engine, Corpus(config)) as checkpointer:
+        checkpointer.save(5)
     loaded, its_config = load_checkpoint(checkpoints(tmp_path)[-1])
     assert its_config == config
     assert torch.equal(loaded(tokens), engine.models[0](tokens))
@@ -57,41 +59,109 @@ def test_resuming_restores_optimizer_and_random_state(run_config: RunConfig, sav
     assert torch.equal(after, torch.get_rng_state()), "nothing in a run of this model draws random numbers"
 
 
-def test_at_no_moment_is_there_half_a_checkpoint(run_config: RunConfig, tmp_path: Path) -> None:
-    """Whatever stands under a checkpoint's name, while one is written and an older one removed, is complete."""
-    config = run_config("atomic", {"n_layers": 30}, checkpoint={"keep_last": 1})
-    engine = stepped(config)
-    save_checkpoint(tmp_path, 1, engine, corpus := Corpus(config))
-    files = {path.name for path in checkpoints(tmp_path)[-1].iterdir()}
+def files_of(checkpoint: Path) -> set[str]:
+    return {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*")}
 
-    writer = Thread(target=lambda: [save_checkpoint(tmp_path, s, engine, corpus) for s in range(2, 40)])
-    writer.start()
-    looks = 0
-    while writer.is_alive():
-        for path in checkpoints(tmp_path):
-            with suppress(FileNotFoundError):  # renamed since it was listed
-                found = set(os.listdir(path))
-                assert found == files or not path.exists(), f"{path.name} has only {found}"
-                looks += 1
+
+def test_at_no_moment_is_there_half_a_checkpoint(run_config: RunConfig, tmp_path: Path) -> None:
+    config = run_config("atomic", checkpoint={"keep_last": 1})
+    with Checkpointer(tmp_path, stepped(config), Corpus(config)) as checkpointer:
+        checkpointer.save(1)
+        assert checkpointer.finish() is None
+        files = files_of(checkpoints(tmp_path)[-1])
+        assert {"config.toml", "data.json", "state.safetensors", "checksums.json"} < files
+        looks = 0
+        for step in range(2, 40):
+            checkpointer.save(step)
+            while not checkpointer._writing[1].done():
+                for path in checkpoints(tmp_path):
+                    with suppress(FileNotFoundError):  # renamed since it was listed
+                        found = files_of(path)
+                        assert found == files or not path.exists(), f"{path.name} has only {found}"
+                        looks += 1
     assert looks > 100 and len(checkpoints(tmp_path)) == 1
 
 
-def test_only_the_newest_are_kept(run_config: RunConfig) -> None:
-    run = train(run_config("kept", checkpoint={"every": 2, "keep_last": 3}))
-    assert [path.name[-1] for path in checkpoints(run)] == ["4", "6", "8"]
+def test_what_is_written_is_what_was_there_when_it_began(
+    run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though training has gone on meanwhile."""
+    config = run_config("meanwhile")
+    engine = stepped(config)
+    before = {h.name: h.tensor.clone() for h in engine.pieces.held}
+    go_on = Event()
+    monkeypatch.setattr("nlm.checkpoint.write", lambda *args: go_on.wait() and write(*args))
+    with Checkpointer(tmp_path, engine, Corpus(config)) as checkpointer:
+        checkpointer.save(1)
+        for tensor in engine.pieces.tensors:
+            tensor.zero_()
+        assert not checkpoints(tmp_path)
+        go_on.set()
+    found = read_all(checkpoints(tmp_path)[-1] / "tensors")
+    assert len(found) == 3 * len(before)
+    for name, tensor in before.items():
+        assert torch.equal(found[name], tensor)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.safetensors", "data.json"])
+def test_the_newest_and_every_so_many_are_kept(run_config: RunConfig) -> None:
+    run = train(run_config("kept", checkpoint={"every": 1, "keep_last": 2, "keep_every": 3}))
+    assert [path.name[-1] for path in checkpoints(run)] == ["3", "6", "7", "8"]
+
+
+FILES = ["state.safetensors", "data.json", "tensors/shard-00001-model-00001-of-00001.safetensors"]
+
+
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_damaged_checkpoint_is_refused_by_name(file: str, damage: str, saved: Path, run_config: RunConfig) -> None:
+    verify(saved)
     path = saved / file
     content = path.read_bytes()
     path.unlink()
     if damage == "truncated":
         path.write_bytes(content[:-1])
     config = run_config("run", train={"steps": 9})
-    with pytest.raises(ValueError, match=f"{file}: missing or damaged .* resume from an older checkpoint"):
+    with pytest.raises(ValueError, match=r"missing or damaged .* resume from an older checkpoint"):
         train(config)
+    with pytest.raises(ValueError, match=f"missing or damaged: {file}; use an older checkpoint"):
+        verify(saved)
+
+
+def test_one_changed_bit_is_found(saved: Path) -> None:
+    path = saved / FILES[-1]
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"missing or damaged: {FILES[-1]}"):
+        verify(saved)
+
+
+def test_a_disk_that_is_full_costs_one_checkpoint_and_not_the_run(
+    run_config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(folder: Path, *args: object) -> None:
+        if folder.parent.name.endswith("4"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, *args)
+
+    monkeypatch.setattr("nlm.checkpoint.write", full)
+    run = train(run_config("full", checkpoint={"every": 2, "keep_last": 9}))
+    assert [path.name[-1] for path in checkpoints(run)] == ["2", "6", "8"]
+    assert (
+        "the checkpoint of step 4 could not be written and is left out: [Errno 28] No space" in capsys.readouterr().out
+    )
+    assert not list((run / "checkpoints").glob(".partial*"))
+
+
+def test_a_run_whose_last_checkpoint_fails_is_no_success(
+    run_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, *args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nlm.checkpoint.write", full)
+    with pytest.raises(OSError, match="the checkpoint of step 8 could not be written"):
+        train(run_config("full"))
 
 
 def test_no_such_checkpoint(tmp_path: Path) -> None:
