@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 
 PARQUET_ROWS = 1024  # read at a time
-UNIT_BYTES = 1 << 22  # what a worker is given at a time
+UNIT_BYTES = 1 << 21  # what a worker is given at a time
 
 
 class Piece(NamedTuple):

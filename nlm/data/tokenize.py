@@ -20,7 +20,7 @@ from nlm.data.encode import encode_in_order
 from nlm.data.shards import Saved, ShardWriter, TokenShard, shard_path
 from nlm.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256, train_sentencepiece
 
-BATCH_CHARS = 1 << 20  # encoded together
+BATCH_CHARS = 1 << 17  # encoded together: little enough to stay in the cache
 SCAN_TOKENS = 1 << 24
 
 
