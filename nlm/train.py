@@ -20,7 +20,7 @@ from nlm.metrics import Log
 from nlm.optim import learning_rate
 from nlm.parallel.engine import Engine
 from nlm.parallel.launch import process_group
-from nlm.runtime import keep_freed_memory, peak_memory_gib, pick_device
+from nlm.runtime import denormals_flushed, keep_freed_memory, peak_memory_gib, pick_device
 from nlm.statistics.record import LayerStatistics
 
 
@@ -31,7 +31,7 @@ def train(config: Config) -> Path:
     FloatingPointError when a logged step finds a loss or gradient that is not finite.
     """
     device = pick_device()
-    with process_group(config, device):
+    with process_group(config, device), denormals_flushed():
         return _train(config, Mesh(config.parallel, device))
 
 

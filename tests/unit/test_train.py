@@ -185,3 +185,14 @@ def test_without_statistics_there_are_none(run_config: RunConfig) -> None:
 def test_the_resolved_config_is_in_the_run(run_config: RunConfig) -> None:
     config = run_config("config")
     assert (train(config) / "config.toml").read_text() == config.to_toml()
+
+
+def test_vanishing_numbers_are_zero_in_a_run_only(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor can do that."""
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor does not flush denormals")
+    seen: list[float] = []
+    monkeypatch.setattr("nlm.train.require_finite", lambda *_: seen.append(float(torch.full((8,), 1e-30)[3] * 1e-9)))
+    train(run_config("flushed", train={"steps": 1}))
+    assert seen == [0.0]
+    assert float(torch.full((8,), 1e-30)[3] * 1e-9) > 0
