@@ -18,6 +18,7 @@ import shutil
 from collections import ChainMap
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -64,14 +65,9 @@ class Checkpointer:
         rectangles = [self._copied(rectangle) for rectangle in _rectangles(self.engine)]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        data = {"fingerprint": self.corpus.fingerprint, "state": self.corpus.state()}
-        files = {
-            "config.toml": self.engine.config.to_toml().encode(),
-            "data.json": json.dumps(data, indent=1).encode(),
-            "state.safetensors": save(_rng_state()),
-        }
-        own = files if self.engine.mesh.speaks else {}
-        self._writing = step, self._thread.submit(self._write, step, rectangles, own)
+        # Only the rank that speaks has read the streams; another would open them to say where it stands.
+        files = self._files() if self.engine.mesh.speaks else {}
+        self._writing = step, self._thread.submit(self._write, step, rectangles, files)
         return said
 
     def finish(self) -> str | None:
@@ -102,7 +98,15 @@ class Checkpointer:
             pinned = source.device.type == "cuda"
             self._copies[rectangle.key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=pinned)
         copy = self._copies[rectangle.key].copy_(source, non_blocking=True)
-        return Rectangle(rectangle.name, rectangle.shape, rectangle.offsets, copy)
+        return replace(rectangle, tensor=copy)
+
+    def _files(self) -> dict[str, bytes]:
+        data = {"fingerprint": self.corpus.fingerprint, "state": self.corpus.state()}
+        return {
+            "config.toml": self.engine.config.to_toml().encode(),
+            "data.json": json.dumps(data, indent=1).encode(),
+            "state.safetensors": save(_rng_state()),
+        }
 
     def _write(self, step: int, rectangles: list[Rectangle], files: dict[str, bytes]) -> None:
         final = self.folder / f"step-{step:08d}"

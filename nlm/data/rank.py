@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nlm.batch import Batch
 from nlm.config import Config
@@ -31,16 +32,14 @@ class RankData:
         """This rank's rows of the batch of `step` (1, 2, …)."""
         mesh = self.mesh
         if self.corpus.seeks or mesh.device_mesh is None:
-            return self._batch(self.corpus.batch(step, mesh.data_rank, mesh.data_size)).to(mesh.device)
+            return self._batch(*tensors(self.corpus.batch(step, mesh.data_rank, mesh.data_size))).to(mesh.device)
         shape = (self.config.batch_rows, self.config.train.seq_len + 1)
         both = torch.empty(2, *shape, dtype=torch.int64)
         if mesh.speaks:
-            rows = self.corpus.batch(step)
-            both = torch.from_numpy(np.stack([rows.tokens, rows.starts]))
+            both = torch.stack(tensors(self.corpus.batch(step)))
         both = both.to(mesh.device)
         dist.broadcast(both, 0)
-        tokens, starts = both.chunk(mesh.data_size, dim=1)[mesh.data_rank]
-        return Batch(tokens, starts.cumsum(1) if self.config.data.document_mask else None)
+        return self._batch(*both.chunk(mesh.data_size, dim=1)[mesh.data_rank])
 
     def validation_batches(self) -> Iterator[Batch] | None:
         """At most evaluate.batches of them, in the corpus's order, no token a target twice; the last may be short."""
@@ -49,10 +48,14 @@ class RankData:
             return None
         n_rows = min(source.n_rows, self.config.evaluate.batches * size)
         return (
-            self._batch(source.in_order(np.arange(start, min(start + size, n_rows))))
+            self._batch(*tensors(source.in_order(np.arange(start, min(start + size, n_rows)))))
             for start in range(0, n_rows, size)
         )
 
-    def _batch(self, rows: Rows) -> Batch:
-        tokens = torch.from_numpy(rows.tokens)
-        return Batch(tokens, torch.from_numpy(rows.starts).cumsum(1) if self.config.data.document_mask else None)
+    def _batch(self, tokens: Tensor, starts: Tensor) -> Batch:
+        return Batch(tokens, starts.cumsum(1) if self.config.data.document_mask else None)
+
+
+def tensors(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Tokens and starts [B S+1], both int64."""
+    return torch.from_numpy(rows.tokens), torch.from_numpy(rows.starts).long()

@@ -17,11 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 
 from nlm.data.documents import Unit, find_files, read_documents, units
 from nlm.data.encode import encode_in_order
-from nlm.data.shards import Saved, ShardWriter, TokenShard, shard_path
+from nlm.data.shards import SCAN_TOKENS, Saved, ShardWriter, TokenShard, shard_path
 from nlm.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256, train_sentencepiece
 
 BATCH_CHARS = 1 << 17  # encoded together: little enough to stay in the cache
-SCAN_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True)
