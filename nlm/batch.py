@@ -41,6 +41,14 @@ class Batch:
         """[]: how many targets there are to learn from, in float64, which holds their inverse well."""
         return (self.targets != IGNORED).sum(dtype=torch.float64)
 
+    def digest(self, first_row: int) -> Tensor:
+        """[] int64: of all tokens, each at its place in the whole batch, of which these are the rows from `first_row`
+        on; those of the parts add up to that of the batch, in the lower 32 bits."""
+        places = torch.arange(self.tokens.numel(), device=self.tokens.device) + first_row * self.tokens.shape[1]
+        mixed = places * 0x9E3779B97F4A7C1  # a multiplier whose bits are well mixed; products wrap around
+        mixed = (mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B
+        return ((self.tokens.flatten() + 1) * (mixed | 1)).sum() & 0xFFFFFFFF
+
     def chunk(self, parts: int) -> list[Self]:
         """The rows in `parts` equal parts."""
         tokens = self.tokens.chunk(parts)

@@ -4,7 +4,7 @@ A checkpoint is a folder `checkpoints/step-00000100/` with
 
     config.toml            the resolved config
     data.json              what the data was, and where streams stand
-    state.safetensors      the random number generators
+    state.safetensors      the random number generators, and by what the next steps are judged (see guard)
     tensors/               every parameter under its canonical name, and NAME.exp_avg and NAME.exp_avg_sq (see storage)
     checksums.json         SHA-256 of all of these
 
@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,13 +26,14 @@ from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from nlm.build import build_model, load_config
 from nlm.config import Config, ConfigError
 from nlm.data.corpus import Corpus
+from nlm.guard import Guard
 from nlm.model import Held, Transformer, held
 from nlm.parallel.engine import Engine
 from nlm.storage import Rectangle, read, write
@@ -48,36 +50,40 @@ class Checkpointer:
     A checkpoint that cannot be written is reported; the run goes on, and the older ones stay.
     """
 
-    def __init__(self, run: Path, engine: Engine, corpus: Corpus) -> None:
-        self.engine, self.corpus = engine, corpus
+    def __init__(self, run: Path, engine: Engine, corpus: Corpus, guard: Guard) -> None:
+        self.engine, self.corpus, self.guard = engine, corpus, guard
         self.folder = run / "checkpoints"
         self._group = dist.new_group(backend="gloo") if engine.mesh.device_mesh is not None else None
         self._thread = ThreadPoolExecutor(1)
-        self._writing: tuple[int, Future[None]] | None = None
+        self._writing: tuple[str, Future[float]] | None = None
         self._copies: dict[str, Tensor] = {}
+        self.failed = False
 
     def save(self, step: int) -> str | None:
         """Copies everything and begins to write it, when the checkpoint before is done -> what `finish` says of that.
 
         All ranks call it, after the same step.
         """
-        said = self.finish()
+        said, began = self.finish(), time.perf_counter()
         rectangles = [self._copied(rectangle) for rectangle in _rectangles(self.engine)]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         # Only the rank that speaks has read the streams; another would open them to say where it stands.
         files = self._files() if self.engine.mesh.speaks else {}
-        self._writing = step, self._thread.submit(self._write, step, rectangles, files)
+        paused = time.perf_counter() - began
+        name = f"the checkpoint of step {step}, for which training paused {paused:.2f} s,"
+        self._writing = name, self._thread.submit(self._write, step, rectangles, files)
         return said
 
     def finish(self) -> str | None:
-        """Waits for the checkpoint that is being written; what went wrong with it, or None."""
+        """Waits for the checkpoint that is being written -> how that went, or None where there is none."""
         if self._writing is None:
             return None
-        (step, future), self._writing = self._writing, None
-        if (error := future.exception()) is None:
-            return None
-        return f"the checkpoint of step {step} could not be written and is left out: {error}"
+        (name, future), self._writing = self._writing, None
+        self.failed = future.exception() is not None
+        if self.failed:
+            return f"{name} could not be written and is left out: {future.exception()}"
+        return f"{name} is written, in {future.result():.1f} s"
 
     def __enter__(self) -> Self:
         return self
@@ -86,10 +92,10 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Errors: OSError when the last checkpoint of a run without error could not be written."""
-        problem = self.finish()
+        said = self.finish()
         self._thread.shutdown()
-        if problem and kind is None:
-            raise OSError(problem)
+        if said and self.failed and kind is None:
+            raise OSError(said)
 
     def _copied(self, rectangle: Rectangle) -> Rectangle:
         """In CPU memory, the same at every save."""
@@ -105,10 +111,12 @@ class Checkpointer:
         return {
             "config.toml": self.engine.config.to_toml().encode(),
             "data.json": json.dumps(data, indent=1).encode(),
-            "state.safetensors": save(_rng_state()),
+            "state.safetensors": save(_rng_state() | self.guard.state()),
         }
 
-    def _write(self, step: int, rectangles: list[Rectangle], files: dict[str, bytes]) -> None:
+    def _write(self, step: int, rectangles: list[Rectangle], files: dict[str, bytes]) -> float:
+        """-> seconds."""
+        began = time.perf_counter()
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f"{PARTIAL}{final.name}"
         speaks, rank = self.engine.mesh.speaks, 0 if self._group is None else self._group.rank()
@@ -119,15 +127,21 @@ class Checkpointer:
             sums = self._together(
                 lambda: {f"{TENSORS}/{path.name}": _sha256(path) for path in (partial / TENSORS).glob(mine)}
             )
-            if speaks:
-                sums.append({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
-                _store(partial / SUMS, json.dumps(dict(ChainMap(*sums)), indent=1, sort_keys=True).encode())
-                _publish(partial, final)
-                self._retire()
+            sums.append({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+            self._together(lambda: self._publish(partial, final, dict(ChainMap(*sums))) if speaks else None)
+            return time.perf_counter() - began
         except BaseException:
             if speaks:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def _publish(self, partial: Path, final: Path, sums: dict[str, str]) -> None:
+        _store(partial / SUMS, json.dumps(sums, indent=1, sort_keys=True).encode())
+        _sync(partial / TENSORS)
+        _sync(partial)
+        partial.rename(final)
+        _sync(final.parent)
+        self._retire()
 
     def _retire(self) -> None:
         """Removes all but the newest keep_last, and every keep_every-th."""
@@ -187,24 +201,25 @@ def checkpoint_config(path: Path) -> Config:
     return load_config(path / "config.toml")
 
 
-def resume(path: Path, engine: Engine, corpus: Corpus) -> int:
+def resume(path: Path, engine: Engine, corpus: Corpus, guard: Guard) -> int:
     """Puts everything back in place, in any layout, and returns the last finished step."""
-    pieces, step = engine.pieces.held, saved_step(path)
+    try:
+        state = load_file(path / "state.safetensors")
+        guard.load_state(state)
+        torch.set_rng_state(state["rng_cpu"])
+        if torch.cuda.is_available() and "rng_cuda" in state:
+            torch.cuda.set_rng_state(state["rng_cuda"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise _damaged(path / "state.safetensors", error) from error
+    pieces = engine.pieces.held
     _read(path, [_rectangle(h.name, h, h.tensor) for h in pieces])
-    engine.start_after(step)
+    engine.start_after(guard.updates)
     moments = engine.moments().items()
     _read(
         path, [_rectangle(f"{h.name}.{f}", h, t) for f, all_of in moments for h, t in zip(pieces, all_of, strict=True)]
     )
     corpus.load_state(_json(path / "data.json")["state"])
-    try:
-        with safe_open(path / "state.safetensors", framework="pt") as extra:
-            torch.set_rng_state(extra.get_tensor("rng_cpu"))
-            if torch.cuda.is_available() and "rng_cuda" in extra.keys():  # noqa: SIM118, it is no mapping
-                torch.cuda.set_rng_state(extra.get_tensor("rng_cuda"))
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path / "state.safetensors", error) from error
-    return step
+    return saved_step(path)
 
 
 def refuse_changed_model(path: Path, config: Config) -> None:
@@ -289,13 +304,6 @@ def _begin(partial: Path, files: dict[str, bytes]) -> None:
     (partial / TENSORS).mkdir(parents=True)
     for name, content in files.items():
         _store(partial / name, content)
-
-
-def _publish(partial: Path, final: Path) -> None:
-    _sync(partial / TENSORS)
-    _sync(partial)
-    partial.rename(final)
-    _sync(final.parent)
 
 
 def _store(path: Path, content: bytes) -> None:

@@ -1,4 +1,8 @@
-"""The command line: `nlm VERB …`. Exit code 0 on success, 2 for a bad config or argument, 1 for a failed run."""
+"""The command line: `nlm VERB …`.
+
+Exit code 0 on success, 2 for a bad config or argument, 1 for a failed run, 75 for one that was asked to stop and is to
+be started again.
+"""
 
 import argparse
 import os
@@ -89,9 +93,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> None:
     from nlm.build import load_config
+    from nlm.stop import REQUEUE, Stopped
     from nlm.train import train
 
-    train(load_config(options.config, options.overrides))
+    config = load_config(options.config, options.overrides)
+    try:
+        train(config)
+    except Stopped as stopped:
+        sys.exit(_fail(REQUEUE, stopped))
 
 
 def _tokenize(options: argparse.Namespace) -> None:

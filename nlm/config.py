@@ -106,10 +106,13 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """`batch_tokens` is the target tokens of one step: rows of `seq_len`, over all microbatches and ranks.
 
-    `precision`: "bf16" takes products in bfloat16 over float32 weights; "fp64" is for proofs.
+    `precision`: "bf16" takes products in bfloat16 over float32 weights; "fp64" is for proofs. A run ends early, with a
+    checkpoint from which it goes on, after the step `stop_after`, and when it has taken `max_minutes`.
     """
 
     steps: PositiveInt
+    stop_after: PositiveInt | None = None
+    max_minutes: PositiveFloat | None = None
     batch_tokens: PositiveInt
     seq_len: int = Field(ge=2)
     seed: NonNegativeInt = 0
@@ -255,6 +258,21 @@ class CheckpointConfig(Section):
     keep_every: NonNegativeInt = 0
 
 
+class FaultsConfig(Section):
+    """What is left out, and when to give up waiting.
+
+    A step whose loss or gradient norm is not finite, or more than `sigma` standard deviations (0: any number) above the
+    mean of the last `window` steps, changes nothing. After `rollback_after` such steps in a row the run goes back to
+    its last checkpoint and leaves out the batches it has read since. When no step ends for `hang_minutes`, all ranks
+    end, and say which of them the others wait for.
+    """
+
+    sigma: NonNegativeFloat = 6.0
+    window: int = Field(default=128, ge=8)
+    rollback_after: PositiveInt = 5
+    hang_minutes: PositiveFloat = 30.0
+
+
 class StatisticsConfig(Section):
     """Per-layer statistics on every logged step; their heat maps go to TensorBoard every `images_every` steps."""
 
@@ -285,6 +303,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     statistics: StatisticsConfig = StatisticsConfig()
     log: LogConfig
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -31,9 +31,10 @@ def init(model: Transformer, seed: int) -> Transformer:
     return model
 
 
-def to_unit(matrix: Tensor, axis: int) -> None:
-    """[out in], in place: every slice along `axis` gets norm 1."""
-    matrix.div_(matrix.norm(dim=axis, keepdim=True))
+def to_unit(matrix: Tensor, axis: int, left_out: Tensor | None = None) -> None:
+    """[out in], in place: every slice along `axis` gets norm 1; where `left_out` [] is true, nothing changes."""
+    norms = matrix.norm(dim=axis, keepdim=True)
+    matrix.div_(norms if left_out is None else norms.where(~left_out, 1))
 
 
 def _drawn(name: str, weight: Weight, model: Transformer, seed: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The mesh of ranks: how many stand along each axis of the layout, and where this one stands."""
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nlm.config import ParallelConfig
 from nlm.parallel.tensor import TensorParallel
 
+T = TypeVar("T")
 MeshAxis = Literal["pp", "dp_replicate", "dp_shard", "tp"]
 AXES: tuple[MeshAxis, ...] = ("pp", "dp_replicate", "dp_shard", "tp")
 """From the outermost, whose neighbours are farthest apart, to the innermost."""
@@ -55,6 +56,14 @@ class Mesh:
         if self.device_mesh is not None:
             dist.all_reduce(x)
         return x
+
+    def told(self, value: T) -> T:
+        """What the rank that speaks has."""
+        if self.device_mesh is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
 
     def _ends(self) -> dist.ProcessGroup | None:
         """This rank with its counterpart at the other end of the pipeline; None for ranks in its middle."""

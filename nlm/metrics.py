@@ -65,9 +65,11 @@ class Log:
     def eta_s(self, step: int) -> float:
         return (time.perf_counter() - self._began) / (step - self.start) * (self.steps - step)
 
-    def write(self, step: int, scalars: Scalars, vectors: Mapping[str, np.ndarray] | None) -> None:
-        """One logged step: scalars by name and, with statistics, a vector [L] a quantity."""
-        self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
+    def write(
+        self, step: int, scalars: Scalars, vectors: Mapping[str, np.ndarray] | None, facts: Mapping[str, int]
+    ) -> None:
+        """One logged step: scalars by name; with statistics a vector [L] a quantity; facts, which nobody draws."""
+        self._jsonl.write(json.dumps({"step": step, **scalars, **facts}) + "\n")
         self._jsonl.flush()
         if vectors is not None and self._layers is not None:
             self._layers.write(step, dict(vectors))

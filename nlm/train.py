@@ -1,100 +1,202 @@
 """Training: the loop."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from math import isfinite, prod
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from nlm.batch import Batch
 from nlm.build import build_engine
 from nlm.checkpoint import Checkpointer, checkpoints, refuse_changed_data, refuse_changed_model, resume, saved_step
 from nlm.config import Config
 from nlm.data.corpus import Corpus
 from nlm.data.rank import RankData
 from nlm.evaluate.loss import mean_loss
+from nlm.faults import Faults, Rollback
+from nlm.guard import Guard
 from nlm.mesh import Mesh
 from nlm.metrics import Log
 from nlm.optim import learning_rate
 from nlm.parallel.engine import Engine
 from nlm.parallel.launch import process_group
 from nlm.runtime import denormals_flushed, keep_freed_memory, peak_memory_gib, pick_device
+from nlm.statistics.diagnose import first_bad_layer
 from nlm.statistics.record import LayerStatistics
+from nlm.statistics.store import read_layers
+from nlm.stop import Stopped, StopRequest
 
 
 def train(config: Config) -> Path:
     """Trains to train.steps, from the newest checkpoint of log.dir if it has one; returns log.dir.
 
     Errors: ValueError before anything is allocated, for data or a checkpoint that does not fit the config;
-    FloatingPointError when a logged step finds a loss or gradient that is not finite.
+    FloatingPointError when steps had to be left out again after the run went back, or it has no checkpoint to go back
+    to; Stopped when a signal or train.max_minutes ended it early, its checkpoint written.
     """
     device = pick_device()
-    with process_group(config, device), denormals_flushed():
-        return _train(config, Mesh(config.parallel, device))
+    with process_group(config, device) as step_ended, denormals_flushed():
+        mesh = Mesh(config.parallel, device)
+        with StopRequest(mesh, config.train.max_minutes) as stop:
+            reason = _train(config, mesh, stop, step_ended)
+        told = not mesh.speaks
+    if reason is not None:
+        raise Stopped(f"{reason}: stopped early, after a checkpoint; the same command goes on", told)
+    return Path(config.log.dir)
 
 
-def _train(config: Config, mesh: Mesh) -> Path:
-    run = Path(config.log.dir)
-    data = RankData(config, mesh)
-    latest = checkpoints(run)[-1:]
-    for checkpoint in latest:
+@dataclass(frozen=True)
+class Run:
+    """What takes part in every step."""
+
+    folder: Path
+    config: Config
+    mesh: Mesh
+    data: RankData
+    engine: Engine
+    guard: Guard
+    faults: Faults
+    statistics: LayerStatistics | None
+    stop: StopRequest
+    step_ended: Callable[[], None]
+
+
+def _train(config: Config, mesh: Mesh, stop: StopRequest, step_ended: Callable[[], None]) -> str | None:
+    """-> why it ended early, if it did."""
+    folder, data = Path(config.log.dir), RankData(config, mesh)
+    for checkpoint in checkpoints(folder)[-1:]:
         refuse_changed_model(checkpoint, config)
         refuse_changed_data(checkpoint, data.corpus, config)
-        if (done := saved_step(checkpoint)) >= config.train.steps:
+        if (done := saved_step(checkpoint)) >= last_step(config):
             if mesh.speaks:
-                print(f"{run}: already trained, {done} steps; nothing to do")
-            return run
+                print(f"{folder}: already trained, {done} steps; nothing to do")
+            return None
 
-    steps = config.train.steps
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
-    engine = build_engine(config, mesh)
-    start = resume(latest[0], engine, data.corpus) if latest else 0
+    engine, guard = build_engine(config, mesh), Guard(config.faults, mesh.device)
     statistics = LayerStatistics(engine.pieces, config.model.n_layers) if config.statistics.enabled else None
+    faults = Faults(folder, writes=mesh.speaks)
+    run = Run(folder, config, mesh, data, engine, guard, faults, statistics, stop, step_ended)
+    with Checkpointer(folder, engine, data.corpus, guard) as checkpointer:
+        while True:
+            latest = checkpoints(folder)[-1:]
+            start = resume(latest[0], engine, data.corpus, guard) if latest else 0
+            faults.start_after(start)
+            with Log(folder, config, start) if mesh.speaks else nullcontext() as log:
+                ended = _steps(run, start, checkpointer, log)
+            if not isinstance(ended, Rollback):
+                return ended
 
-    with (
-        Log(run, config, start) if mesh.speaks else nullcontext() as log,
-        Checkpointer(run, engine, data.corpus) as checkpointer,
-    ):
-        if log:
-            log.say(_greeting(engine, mesh))
-            if start:
-                log.say(f"resuming after step {start}")
-        clock = Clock(config.train.batch_tokens)
-        for step in range(start + 1, steps + 1):
-            evaluates, saves = due(step, steps, config.evaluate.every), due(step, steps, config.checkpoint.every)
-            logs = due(step, steps, config.log.every) or step == 1 or evaluates or saves
-            recording = statistics if logs else None
 
-            engine.record(recording is not None)
-            loss = engine.forward_backward(data.rows(step))
-            grad_norm, grad_norms = engine.clip()
-            if recording:
-                recording.before_update()
-            lr = learning_rate(config.optim, step, steps)
-            engine.update(lr)
+def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) -> str | Rollback | None:
+    """The steps after `start` -> why they ended early, if they did."""
+    config, mesh, engine, guard = run.config, run.mesh, run.engine, run.guard
+    steps, until = config.train.steps, last_step(config)
+    if log:
+        log.say(_greeting(engine, mesh))
+        if start:
+            log.say(f"resuming after step {start}")
+    clock = Clock(config.train.batch_tokens)
+    for step in range(start + 1, until + 1):
+        evaluates, saves = due(step, steps, config.evaluate.every), due(step, until, config.checkpoint.every)
+        logs = due(step, steps, config.log.every) or step == 1 or evaluates or saves
+        recording = run.statistics if logs else None
 
-            clock.count()
-            if not logs:
-                if log:
-                    log.advance(step)
-                continue
+        engine.record(recording is not None)
+        rows = run.data.rows(batch := run.faults.batch(step))
+        loss = engine.total(engine.forward_backward(rows))
+        grad_norm, grad_norms = engine.clip()
+        left_out = guard.judge(step, batch, loss, grad_norm)
+        if recording:
+            recording.before_update()
+        lr = learning_rate(config.optim, step, steps)
+        engine.update(lr, left_out)
+
+        clock.count()
+        run.step_ended()
+        reason = run.stop.agreed()
+        if logs:
             vectors = recording.vectors(engine.signals(), grad_norms) if recording else None
             engine.record(False)
-            scalars = {"loss": engine.total(loss).item(), "grad_norm": grad_norm.item(), "lr": lr, **clock.read()}
+            scalars = {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr, **clock.read()}
             scalars["peak_memory_gib"] = peak_memory_gib(mesh.device)
-            scalars |= epochs(data.corpus, step)
-            if evaluates and (batches := data.validation_batches()) is not None:
+            scalars |= passes(run.data.corpus, batch)
+            if evaluates and (batches := run.data.validation_batches()) is not None:
                 scalars["validation_loss"] = mean_loss(engine, batches)
+            facts = {"batch": batch, "batch_digest": run.data.digest(rows)}
             if log:
-                log.write(step, scalars, vectors)
-            require_finite(step, scalars, vectors)
-            if saves and (problem := checkpointer.save(step)) and log:
-                log.say(problem)
+                log.write(step, scalars, vectors, facts)
+            for judged in (judged for judged in guard.judged() if judged.left_out):
+                run.faults.left_out(judged)
+                if log:
+                    log.say(f"step {judged.step} left out: loss {judged.loss}, gradient norm {judged.grad_norm}")
+            if (in_a_row := guard.in_a_row) >= config.faults.rollback_after:
+                return _roll_back(run, step, rows, in_a_row, checkpointer, log)
+            saves = saves and (not in_a_row or step == until)
+        elif log:
+            log.advance(step)
+        if (saves or reason) and (said := checkpointer.save(step)) and log:
+            log.say(said)
+        if reason:
+            return reason
+        if logs:
             clock.restart()
-    return run
+    if (said := checkpointer.finish()) and log:
+        log.say(said)
+    return None
+
+
+def _roll_back(
+    run: Run, step: int, rows: Batch, in_a_row: int, checkpointer: Checkpointer, log: Log | None
+) -> Rollback:
+    """The last `in_a_row` steps up to `step`, which read `rows`, were left out.
+
+    Errors: FloatingPointError when going back is no way out.
+    """
+    first = run.faults.records[-in_a_row]
+    suspect = _suspect(run, first["step"], run.data.rows(first["batch"]) if run.data.corpus.seeks else rows)
+    if (said := checkpointer.finish()) and log:
+        log.say(said)
+    to = next((saved_step(checkpoint) for checkpoint in reversed(checkpoints(run.folder))), None)
+    again = any(rollback.to == to for rollback in run.faults.rollbacks)
+    if to is None or again:
+        raise FloatingPointError(
+            f"step {first['step']}: loss {first['loss']}, gradient norm {first['grad_norm']}, and {in_a_row - 1} such "
+            f"steps after it; {suspect}; "
+            + (f"the run had gone back to step {to} before" if again else "there is no checkpoint to go back to")
+            + "; lower optim.lr, lengthen optim.warmup_steps or choose another scheme"
+        )
+    rollback = Rollback(step, to, run.faults.batch(step) + 1, suspect)
+    run.faults.roll_back(rollback)
+    if log:
+        log.say(f"{in_a_row} steps in a row left out; {suspect}; back to step {to}, without the batches since")
+    return rollback
+
+
+def _suspect(run: Run, step: int, rows: Batch) -> str:
+    """Does the bad step once more, since nothing has changed -> which layer was the first to go bad in it."""
+    if run.statistics is None:
+        return "with statistics.enabled = true it would say which layer went bad"
+    engine = run.engine
+    engine.record(True)
+    engine.forward_backward(rows)
+    _, norms = engine.clip()
+    run.statistics.before_update()
+    vectors = run.statistics.vectors(engine.signals(), norms)
+    engine.record(False)
+    engine.update(0.0, left_out=torch.tensor(True, device=run.mesh.device))
+    suspect = None
+    if run.mesh.speaks:
+        layers = read_layers(run.folder)
+        faults = run.config.faults
+        before = {name: vector[layers["step"] < step][-faults.window :] for name, vector in layers.items()}
+        suspect = first_bad_layer(vectors, before, faults.sigma)
+    suspect = run.mesh.told(suspect)
+    return "no layer stands out" if suspect is None else f"the first to go bad is {suspect}"
 
 
 def _greeting(engine: Engine, mesh: Mesh) -> str:
@@ -104,15 +206,22 @@ def _greeting(engine: Engine, mesh: Mesh) -> str:
     return f"{n_parameters:,} parameters in {engine.config.model.n_layers} layers on {layout}"
 
 
-def epochs(corpus: Corpus, step: int) -> dict[str, float]:
-    """Passes over the corpus, or over each source of a mixture."""
-    passes = corpus.epochs(step)
-    return {"epoch": next(iter(passes.values()))} if len(passes) == 1 else {f"epoch/{k}": v for k, v in passes.items()}
+def passes(corpus: Corpus, batches: int) -> dict[str, float]:
+    """Passes over the corpus, or over each source of a mixture, and how many rows of each were read."""
+    epochs = corpus.epochs(batches)
+    if len(epochs) == 1:
+        return {"epoch": next(iter(epochs.values()))}
+    rows = corpus.rows(batches)
+    return {f"epoch/{name}": n for name, n in epochs.items()} | {f"rows/{name}": n for name, n in rows.items()}
 
 
-def due(step: int, steps: int, every: int) -> bool:
+def last_step(config: Config) -> int:
+    return min(config.train.steps, config.train.stop_after or config.train.steps)
+
+
+def due(step: int, last: int, every: int) -> bool:
     """Whether `step` is one of every `every` (0: none), or the last."""
-    return step == steps or (every > 0 and step % every == 0)
+    return step == last or (every > 0 and step % every == 0)
 
 
 class Clock:
@@ -131,16 +240,3 @@ class Clock:
     def read(self) -> dict[str, float]:
         step_s = (time.perf_counter() - self.began) / self.steps
         return {"step_s": step_s, "tokens_s": self.batch_tokens / step_s}
-
-
-def require_finite(step: int, scalars: Mapping[str, float], vectors: Mapping[str, np.ndarray] | None) -> None:
-    """Errors: FloatingPointError, with the first layer that went bad where statistics know it."""
-    if isfinite(scalars["loss"]) and isfinite(scalars["grad_norm"]):
-        return
-    bad = {name: np.flatnonzero(~np.isfinite(vector)) for name, vector in (vectors or {}).items()}
-    first = min(((int(layers[0]), name) for name, layers in bad.items() if layers.size), default=None)
-    where = "" if first is None else f"; the lowest layer that went bad is {first[0]} ({first[1]})"
-    raise FloatingPointError(
-        f"step {step}: loss {scalars['loss']}, gradient norm {scalars['grad_norm']}{where}; "
-        "lower optim.lr, lengthen optim.warmup_steps or choose another scheme; the last checkpoint is intact"
-    )

@@ -1,6 +1,7 @@
 """Work on text in other processes, in the order of the text."""
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -47,6 +48,8 @@ _coder: Tokenizer
 
 def _load(tokenizer: str) -> None:
     global _coder
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # its parent decides what they mean
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of threads in each process; the processes are enough
     _coder = load_tokenizer(tokenizer)
 

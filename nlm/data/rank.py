@@ -28,18 +28,26 @@ class RankData:
                 config.data.validation, config.train.seq_len, config.model.vocab_size, 0, config.data.document_mask
             )
 
-    def rows(self, step: int) -> Batch:
-        """This rank's rows of the batch of `step` (1, 2, …)."""
+    def rows(self, batch: int) -> Batch:
+        """This rank's rows of batch 1, 2, …"""
         mesh = self.mesh
         if self.corpus.seeks or mesh.device_mesh is None:
-            return self._batch(*tensors(self.corpus.batch(step, mesh.data_rank, mesh.data_size))).to(mesh.device)
+            return self._batch(*tensors(self.corpus.batch(batch, mesh.data_rank, mesh.data_size))).to(mesh.device)
         shape = (self.config.batch_rows, self.config.train.seq_len + 1)
         both = torch.empty(2, *shape, dtype=torch.int64)
         if mesh.speaks:
-            both = torch.stack(tensors(self.corpus.batch(step)))
+            both = torch.stack(tensors(self.corpus.batch(batch)))
         both = both.to(mesh.device)
         dist.broadcast(both, 0)
         return self._batch(*both.chunk(mesh.data_size, dim=1)[mesh.data_rank])
+
+    def digest(self, rows: Batch) -> int:
+        """Of this rank's rows and all others' -> 32 bits by which to see whether two batches are the same."""
+        mesh = self.mesh
+        mine = rows.digest(mesh.data_rank * len(rows))
+        if mesh.tp.rank or mesh.rank("pp"):
+            mine.zero_()
+        return int(mesh.sum(mine)) & 0xFFFFFFFF
 
     def validation_batches(self) -> Iterator[Batch] | None:
         """At most evaluate.batches of them, in the corpus's order, no token a target twice; the last may be short."""

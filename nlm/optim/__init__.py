@@ -1,8 +1,8 @@
 """Training the weights: groups and AdamW, learning-rate schedules, clipping, projection."""
 
-from nlm.optim.adamw import adamw, set_lr
+from nlm.optim.adamw import adamw, leave_out, set_lr
 from nlm.optim.clip import clip_gradients
 from nlm.optim.project import projection
 from nlm.optim.schedule import learning_rate
 
-__all__ = ["adamw", "clip_gradients", "learning_rate", "projection", "set_lr"]
+__all__ = ["adamw", "clip_gradients", "learning_rate", "leave_out", "projection", "set_lr"]

@@ -36,3 +36,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The scheduled learning rate `lr`, times each group's multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_multiplier"]
+
+
+def leave_out(optimizer: torch.optim.Optimizer, update: Tensor | None) -> None:
+    """[] bool: whether the next `step` is to change nothing, neither parameters nor moments nor their count of steps.
+
+    The kernel reads it on the device, as it does for gradient scaling: the host need not wait.
+    """
+    optimizer.found_inf = None if update is None else update.float()  # type: ignore[attr-defined]

@@ -10,8 +10,9 @@ from nlm.init import to_unit
 from nlm.parallel.pieces import Pieces
 
 
-def projection(pieces: Pieces) -> Callable[[], None]:
-    """The function to call after each optimizer step; it does nothing for a scheme that projects nothing.
+def projection(pieces: Pieces) -> Callable[[Tensor | None], None]:
+    """The function to call after each optimizer step; it does nothing for a scheme that projects nothing, and changes
+    nothing where the step was left out (`left_out`, [] bool).
 
     Where data parallel ranks hold parts of the very slices that get norm 1, they join the squares of all of them.
     """
@@ -31,15 +32,15 @@ def projection(pieces: Pieces) -> Callable[[], None]:
     group = pieces.mesh.group("dp_shard")
 
     @torch.no_grad()
-    def project() -> None:
+    def project(left_out: Tensor | None = None) -> None:
         for matrix, axis in whole:
-            to_unit(matrix, axis)
+            to_unit(matrix, axis, left_out)
         if group is not None and n_slices:
             squares = torch.zeros(n_slices, dtype=pieces.tensors[0].dtype, device=pieces.mesh.device)
             for matrix, axis, place in cut:
                 squares[place] += matrix.square().sum(axis)
             dist.all_reduce(squares, group=group)
-            norms = squares.sqrt()
+            norms = squares.sqrt() if left_out is None else squares.sqrt().where(~left_out, 1)
             for matrix, axis, place in cut:
                 matrix.div_(norms[place].unsqueeze(axis))
 

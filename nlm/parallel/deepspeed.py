@@ -19,7 +19,7 @@ from nlm.config import Config
 from nlm.init import to_unit
 from nlm.mesh import Mesh, MeshAxis
 from nlm.model import Block, Held, Transformer, held
-from nlm.optim import adamw, projection, set_lr
+from nlm.optim import adamw, leave_out, projection, set_lr
 from nlm.parallel.engine import MOMENTS, Engine, state_after
 from nlm.parallel.pieces import Pieces, all_reduce
 
@@ -91,18 +91,19 @@ class DeepSpeedEngine(Engine):
     def forward(self, rows: Batch) -> Tensor:
         return self.engine(rows.inputs, rows.targets, rows.segments)  # type: ignore[no-any-return]
 
-    def update(self, lr: float) -> None:
+    def update(self, lr: float, left_out: Tensor | None = None) -> None:
         set_lr(self.zero, lr)
+        leave_out(self.optimizer, left_out)
         self.engine.step()
         if not self._unit:
             return
         if self.stage == 3:
-            self._project()
+            self._project(left_out)
             self._copy_masters()
             return
         with torch.no_grad():
             for h, axis in self._unit:
-                to_unit(h.parameter, axis)
+                to_unit(h.parameter, axis, left_out)
             self._copy_to_masters()
 
     def moments(self) -> dict[str, list[Tensor]]:
@@ -110,10 +111,10 @@ class DeepSpeedEngine(Engine):
         return {key: [p.view(state[self.buffers[p.buffer]][key], p.offset) for p in self.places] for key in MOMENTS}
 
     @torch.no_grad()
-    def start_after(self, step: int) -> None:
+    def start_after(self, updates: int) -> None:
         self._copy_masters()
         for buffer in self.buffers:
-            self.optimizer.state[buffer] = state_after(step, buffer)
+            self.optimizer.state[buffer] = state_after(updates, buffer)
 
     # What knows DeepSpeed's inside.
 

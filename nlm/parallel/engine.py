@@ -14,16 +14,16 @@ from nlm.batch import Batch
 from nlm.config import Config
 from nlm.mesh import Mesh
 from nlm.model import Transformer
-from nlm.optim import adamw, clip_gradients, projection, set_lr
+from nlm.optim import adamw, clip_gradients, leave_out, projection, set_lr
 from nlm.parallel.pieces import Pieces
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def state_after(step: int, tensor: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a tensor after so many steps, the moments zero as yet."""
+def state_after(updates: int, tensor: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a tensor after so many updates, the moments zero as yet."""
     zeros = {key: torch.zeros_like(tensor, requires_grad=False) for key in MOMENTS}
-    return {"step": torch.tensor(float(step), device=tensor.device)} | zeros
+    return {"step": torch.tensor(float(updates), device=tensor.device)} | zeros
 
 
 class Engine(ABC):
@@ -55,16 +55,17 @@ class Engine(ABC):
         """Rows -> [], their summed loss where the last layers are, 0 elsewhere."""
 
     @abstractmethod
-    def update(self, lr: float) -> None:
-        """One optimizer step at the learning rate `lr`, after which the gradients are gone."""
+    def update(self, lr: float, left_out: Tensor | None = None) -> None:
+        """One optimizer step at the learning rate `lr`, of nothing where `left_out` [] is true; after it the gradients
+        are gone."""
 
     @abstractmethod
     def moments(self) -> dict[str, list[Tensor]]:
         """AdamW's exp_avg and exp_avg_sq, one a piece each; they share the optimizer's memory."""
 
     @abstractmethod
-    def start_after(self, step: int) -> None:
-        """Goes on from pieces that were changed in place, with moments (zero as yet) of so many steps."""
+    def start_after(self, updates: int) -> None:
+        """Goes on from pieces that were changed in place, with moments (zero as yet) of so many updates."""
 
     def share(self, losses: Iterable[Tensor]) -> Tensor:
         """The microbatches' losses, scaled, [] each -> [], this rank's share of the mean loss, in float64."""
@@ -126,12 +127,13 @@ class TorchEngine(Engine):
         self.optimizer = adamw(((h.tensor, h.weight) for h in pieces.held), pieces.scheme, config.optim)
         self._project = projection(pieces)
 
-    def update(self, lr: float) -> None:
+    def update(self, lr: float, left_out: Tensor | None = None) -> None:
         set_lr(self.optimizer, lr)
+        leave_out(self.optimizer, left_out)
         for tensor, gradient in zip(self.pieces.tensors, self.pieces.gradients(), strict=True):
             tensor.grad = gradient
         self.optimizer.step()
-        self._project()
+        self._project(left_out)
         self.optimizer.zero_grad()
         for h in self.pieces.held:
             h.parameter.grad = None
@@ -139,9 +141,9 @@ class TorchEngine(Engine):
     def moments(self) -> dict[str, list[Tensor]]:
         return {key: [self.optimizer.state[tensor][key] for tensor in self.pieces.tensors] for key in MOMENTS}
 
-    def start_after(self, step: int) -> None:
+    def start_after(self, updates: int) -> None:
         for tensor in self.pieces.tensors:
-            self.optimizer.state[tensor] = state_after(step, tensor)
+            self.optimizer.state[tensor] = state_after(updates, tensor)
 
 
 class WholeEngine(TorchEngine):

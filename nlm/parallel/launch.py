@@ -32,25 +32,29 @@ T = TypeVar("T")
 
 
 @contextmanager
-def process_group(config: Config, device: torch.device, limits: Limits = LIMITS) -> Iterator[None]:
+def process_group(config: Config, device: torch.device, limits: Limits = LIMITS) -> Iterator[Callable[[], None]]:
     """Joins the ranks that a launcher (torchrun, deepspeed, srun or mpirun with RANK, WORLD_SIZE, LOCAL_RANK,
     MASTER_ADDR and MASTER_PORT set) started; leaves them at the end. One process without a launcher joins nothing.
 
+    -> what to call at the end of every step, by which a hang is noticed.
+
     Errors, on every rank: ValueError for environment variables that are missing or contradict each other, for another
     number of ranks than the mesh needs, and for ranks that differ in config, code or versions. ConnectionError for a
-    store that cannot be reached and a rank that does not arrive; RankLost, which is one, for a rank that ends or falls
-    silent inside the context: where the main thread hangs in a collective then, the process ends with exit code 1.
+    store that cannot be reached and a rank that does not arrive; RankLost, which is one, for a rank that ends, falls
+    silent or makes the others wait inside the context: where the main thread hangs in a collective then, the process
+    ends with exit code 1.
     An exception of one's own passes through, after the other ranks have been told. Its `told` is true where another
     rank, which raises the very same, prints it for this machine.
     """
     me = _launched()
     if me is None:
         _require_ranks(config.parallel, 1)
-        yield
+        yield lambda: None
         return
     what = _what_runs(config)
     store = _join(me, what, limits)
-    watch = Watch(store, me, limits)
+    hang_s = 60 * config.faults.hang_minutes
+    watch = Watch(store, me, limits, hang_s, Path(config.log.dir) / "hang")
     try:
         _agree(store, me, what, limits)
         _require_ranks(config.parallel, me.world_size)
@@ -60,11 +64,11 @@ def process_group(config: Config, device: torch.device, limits: Limits = LIMITS)
             if me.local_rank >= (gpus := torch.cuda.device_count()):
                 raise ValueError(f"LOCAL_RANK: expected less than {gpus}, the GPUs of {me.host}, got {me.local_rank}")
             torch.cuda.set_device(me.local_rank)
-        timeout = timedelta(seconds=limits.collective_s)
+        timeout = timedelta(seconds=hang_s + limits.collective_s)
         # FSDP2 of torch 2.13 itself calls what torch 2.13 has renamed.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.world_size, timeout=timeout)
-        yield
+        yield watch.step
         store.add("done", 1)
         until(lambda: store.add("done", 0) == me.world_size)  # nobody takes down what another still needs
         dist.destroy_process_group()

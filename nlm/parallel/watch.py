@@ -1,7 +1,8 @@
-"""Watching the other ranks: a rank that dies, freezes or raises ends the others, and they say which it was.
+"""Watching the other ranks: a rank that dies, freezes or raises ends the others, and they say which it was. So does
+one that makes them wait for ever.
 
 Each tells in a heartbeat at torch's key-value store that it lives, and watches the next one's. A rank reads and writes
-a fixed number of keys, however many ranks there are.
+a fixed number of keys, however many ranks there are; only when all hang, one reads what each of them does.
 """
 
 import json
@@ -11,11 +12,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Event, Thread
 from typing import NamedTuple
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store  # torch.distributed has it, unknown to mypy
+
+from nlm.parallel.hang import Doing, blamed, doing
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Limits:
     beat_s: float = 2  # between two heartbeats of a rank, and between two looks at its neighbour's
     silent_s: float = 30  # without a heartbeat, or an answer of the store, until that counts as dead
     grace_s: float = 5  # for what all ranks must still do after a fault; longer than two heartbeats
-    collective_s: float = 1800  # torch's own limit for one collective: for ranks that live but wait for each other
+    collective_s: float = 300  # beyond faults.hang_minutes: torch's own limit for one collective, before the first step
 
 
 LIMITS = Limits()
@@ -78,9 +82,10 @@ class Watch:
     thread does not, since that may hang in a collective for ever. The second never asks the store: the store's host
     may freeze, and a client that waits for its answer cannot be woken."""
 
-    def __init__(self, store: Store, me: Me, limits: Limits) -> None:
+    def __init__(self, store: Store, me: Me, limits: Limits, hang_s: float, dumps: Path) -> None:
         self.store: Store = store.clone()  # type: ignore[attr-defined]  # a client of its own: torch waits in the other
-        self.me, self.limits = me, limits
+        self.me, self.limits, self.hang_s, self.dumps = me, limits, hang_s, dumps
+        self.steps = 0
         self.fault: Fault | None = None
         self.store_host = me.host if me.agent else host_of(store, 0)
         self.known, self.reporting, self.stopped = Event(), Event(), Event()
@@ -88,6 +93,10 @@ class Watch:
         self.threads = [Thread(target=target, daemon=True) for target in (self._beat, self._judge)]
         for thread in self.threads:
             thread.start()
+
+    def step(self) -> None:
+        """The main thread has ended a step. Once it has called this, it is to do so again within `hang_s`."""
+        self.steps += 1
 
     def stop(self) -> None:
         self.stopped.set()
@@ -113,6 +122,7 @@ class Watch:
     def _beat(self) -> None:
         me, next_rank = self.me, (self.me.rank + 1) % self.me.world_size
         seen, missed = 0, 0
+        steps, still = 0, 0
         try:
             while not self.stopped.wait(self.limits.beat_s) and not self.known.is_set():
                 self.store.add(f"beat/{me.rank}", 1)
@@ -126,8 +136,24 @@ class Watch:
                 if missed * self.limits.beat_s >= self.limits.silent_s:
                     text = f"no heartbeat for {self.limits.silent_s:g} s: it was killed, is frozen or cannot be reached"
                     self._learn(publish(self.store, Fault(next_rank, host_of(self.store, next_rank), text)))
+                still = still + 1 if self.steps == steps else 0
+                steps = self.steps
+                if steps and still * self.limits.beat_s >= self.hang_s:
+                    self._explain_hang()
+                    still = 0
         except dist.DistError:
             self._learn(self._store_fault("is gone"))
+
+    def _explain_hang(self) -> None:
+        """All ranks come here; the first waits for what the others say and publishes who it was."""
+        ranks = range(self.me.world_size)
+        self.store.set(f"doing/{self.me.rank}", doing(self.dumps, self.me.rank).to_json())
+        if self.store.add("hanging", 1) == 1:
+            until(lambda: self.store.check([f"doing/{rank}" for rank in ranks]), self.limits.silent_s / 2)
+            said = (rank for rank in ranks if self.store.check([f"doing/{rank}"]))
+            rank, text = blamed({rank: Doing.from_json(self.store.get(f"doing/{rank}")) for rank in said})
+            text = f"no step has ended for {self.hang_s:g} s: {text}; see {self.dumps}"
+            self._learn(publish(self.store, Fault(rank, host_of(self.store, rank), text)))
 
     def _judge(self) -> None:
         answers, missed = 0, 0

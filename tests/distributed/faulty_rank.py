@@ -24,8 +24,12 @@ def train(config: Config) -> None:
     step_together(config)  # these processes may join again
 
 
+def read_for_ever() -> None:
+    time.sleep(10**6)
+
+
 def step_together(config: Config) -> None:
-    with process_group(config, torch.device("cpu"), LIMITS if fault != "default limits" else Limits()):
+    with process_group(config, torch.device("cpu"), LIMITS if fault != "default limits" else Limits()) as step_ended:
         rank = os.environ.get("RANK", "0")
         for step in range(10**9 if fault else 20):
             if dist.is_initialized():
@@ -34,6 +38,9 @@ def step_together(config: Config) -> None:
                 Path(config.log.dir, f"stepping-{rank}").touch()
                 if rank in ranks_at_fault and fault == "raise":
                     raise FloatingPointError("step 10: loss nan")
+                if rank in ranks_at_fault and fault == "hang":
+                    read_for_ever()
+            step_ended()
         if rank in ranks_at_fault:
             time.sleep(6)  # it leaves later than the others
 

@@ -295,6 +295,25 @@ def test_all_ranks_raise_the_same(launch: Launch) -> None:
     assert ranks.everything() == "nlm: step 10: loss nan\n"
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_hangs(rank: int, launch: Launch) -> None:
+    """It lives and beats, but takes no step; the others wait for it. All say so, and what each did is in files."""
+    ranks = launch(3)
+    for each in range(3):
+        ranks.start(each, "faults.hang_minutes=0.05", FAULT="hang", FAULT_RANKS=str(rank))
+    assert ranks.end() == {0: 1, 1: 1, 2: 1}
+    where = r"it is at cli\.py:\d+ in _train, from there at faulty_rank\.py:\d+ in read_for_ever"
+    waiting = r"waiting in all_reduce number 12 of group 0, at cli\.py:\d+ in _train: rank \d and 1 more"
+    dumps = ranks.folder / "hang"
+    for other in range(3):
+        pattern = rf"nlm: rank {rank} on {HOST}: no step has ended for 3 s: {where}; {waiting}; see {dumps}\n"
+        assert re.search(pattern, ranks.said(other)), ranks.said(other)
+        assert (dumps / f"trace_rank_{other}").stat().st_size > 1000
+        stacks = (dumps / f"stacks_rank_{other}.txt").read_text()
+        assert (("in read_for_ever" in stacks) == (other == rank) and "in all_reduce" in stacks) or other == rank
+    ranks.everything()
+
+
 def torchrun(ranks: Ranks, **environment: str) -> None:
     command: list[str | Path] = [
         *(sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1"),

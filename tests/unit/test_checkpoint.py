@@ -16,6 +16,7 @@ from nlm.checkpoint import Checkpointer, checkpoints, refuse_changed_model, resu
 from nlm.config import Config, ConfigError
 from nlm.data import ShardWriter, TokenShard
 from nlm.data.corpus import Corpus
+from nlm.guard import Guard
 from nlm.mesh import Mesh
 from nlm.parallel.engine import Engine
 from nlm.storage import read_all, write
@@ -51,7 +52,7 @@ def test_resuming_restores_optimizer_and_random_state(run_config: RunConfig, sav
     config = run_config("run")
     torch.manual_seed(1)
     engine = build_engine(config, Mesh())
-    assert resume(saved, engine, Corpus(engine.config)) == 8
+    assert resume(saved, engine, Corpus(engine.config), Guard(engine.config.faults, torch.device("cpu"))) == 8
     state = engine.optimizer.state[engine.pieces.tensors[0]]
     assert float(state["step"]) == 8 and state["exp_avg_sq"].abs().sum() > 0
     after = torch.get_rng_state()

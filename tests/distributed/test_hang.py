@@ -1,0 +1,83 @@
+"""A run that hangs is ended and brought back by torchrun itself, and ends as one that did not."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from launched import free_port
+
+from nlm.checkpoint import checkpoints
+from nlm.config import Config
+from nlm.parallel.hang import Doing, blamed
+from nlm.storage import read_all
+
+DEADLINE_S = 300
+HANGING = """
+import os, sys, time
+from pathlib import Path
+import nlm.data.rank
+from nlm.cli import main
+
+hung, rows = Path(sys.argv.pop(1)), nlm.data.rank.RankData.rows
+
+def read(self, batch):
+    if os.environ["RANK"] == "1" and batch == 6 and not hung.exists():
+        hung.touch()
+        time.sleep(10**6)
+    return rows(self, batch)
+
+nlm.data.rank.RankData.rows = read
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("layout", [{"dp_replicate": 2}, {"pp": 2, "microbatches": 2}], ids=str)
+def test_torchrun_brings_back_a_run_that_hangs(
+    layout: dict[str, int], run_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Under a pipeline the other rank hangs in a receive, which is no collective."""
+
+    def launched(name: str, *, hangs: bool) -> tuple[Path, str]:
+        config = run_config(name, parallel=layout, checkpoint={"every": 2}, faults={"hang_minutes": 0.05})
+        (tmp_path / f"{name}.toml").write_text(config.to_toml())
+        script, hung = tmp_path / "hanging.py", tmp_path / "hung"
+        script.write_text(HANGING)
+        if not hangs:
+            hung.touch()
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+        done = subprocess.run(
+            [*command, f"--master-port={free_port()}", script, hung, "train", tmp_path / f"{name}.toml"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=DEADLINE_S,
+        )
+        assert done.returncode == 0, done.stdout
+        return Path(config.log.dir), done.stdout
+
+    run, said = launched("hangs", hangs=True)
+    place = r"it is at \w+\.py:\d+ in \w+, from there at hanging\.py:\d+ in read; waiting in \w+"
+    assert re.search(rf"nlm: rank 1 on \S+: no step has ended for 3 s: {place}", said), said
+    assert "hangs: resuming after step 4" in said
+    straight, _ = launched("straight", hangs=False)
+    ours, theirs = (read_all(checkpoints(r)[-1] / "tensors") for r in (run, straight))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_who_is_blamed() -> None:
+    def waits(group: str, number: int) -> Doing:
+        return Doing("mesh.py:60 in sum", {"0": 7, group: number}, f"all_reduce number {number} of group {group}")
+
+    idle = Doing("rank.py:33 in rows", {"0": 7, "1": 4}, None)
+    assert blamed({0: waits("1", 5), 1: idle, 2: waits("1", 5)}) == (
+        1,
+        "it is at rank.py:33 in rows; waiting in all_reduce number 5 of group 1, at mesh.py:60 in sum: rank 0 and 1 more",
+    )
+    rank, text = blamed({0: waits("1", 5), 1: waits("1", 4), 2: waits("2", 9)})
+    assert rank == 1 and text.startswith("it is at mesh.py:60 in sum, in all_reduce number 4 of group 1; waiting in")
