@@ -44,16 +44,19 @@ def doing(folder: Path, rank: int) -> Doing:
     with open(folder / f"stacks_rank_{rank}.txt", "w", encoding="utf-8") as file:
         faulthandler.dump_traceback(file)
     record = pickle.loads(trace)
-    status = record["pg_status"]
-    begun = {group: counts["last_enqueued_collective"] for group, counts in status.items()}
+    # Groups have numbers of this process's own and names that all ranks share.
+    names = {str(entry["pg_id"]): entry["process_group"][0] for entry in record["entries"]}
+    counts = {names[number]: count for number, count in record["pg_status"].items() if number in names}
+    begun = {group: count["last_enqueued_collective"] for group, count in counts.items()}
     unfinished = [
         entry
         for entry in record["entries"]
-        if not entry["is_p2p"] and entry["collective_seq_id"] > status[_group(entry)]["last_completed_collective"]
+        if not entry["is_p2p"]
+        and entry["collective_seq_id"] > counts[entry["process_group"][0]]["last_completed_collective"]
     ]
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
     # Sends and receives of a pipeline are no collectives.
-    inside = next((f.name for f in stack if "torch/distributed/distributed_c10d" in f.filename), None)
+    inside = stack[-1].name if "/torch/distributed/" in stack[-1].filename else None
     waits_in = _described(unfinished[0]) if unfinished else inside
     ours = [frame for frame in stack if PACKAGE in Path(frame.filename).parents] or stack
     at = _place(ours[-1])
@@ -68,11 +71,7 @@ def _place(frame: traceback.FrameSummary) -> str:
 
 def _described(entry: Mapping[str, Any]) -> str:
     name = entry["profiling_name"].partition(":")[2]
-    return f"{name} number {entry['collective_seq_id']} of group {_group(entry)}"
-
-
-def _group(entry: Mapping[str, Any]) -> str:
-    return str(entry["process_group"][0])
+    return f"{name} number {entry['collective_seq_id']} of group {entry['process_group'][0]}"
 
 
 def blamed(ranks: Mapping[int, Doing]) -> tuple[int, str]:

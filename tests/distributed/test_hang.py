@@ -75,9 +75,8 @@ def test_who_is_blamed() -> None:
         return Doing("mesh.py:60 in sum", {"0": 7, group: number}, f"all_reduce number {number} of group {group}")
 
     idle = Doing("rank.py:33 in rows", {"0": 7, "1": 4}, None)
-    assert blamed({0: waits("1", 5), 1: idle, 2: waits("1", 5)}) == (
-        1,
-        "it is at rank.py:33 in rows; waiting in all_reduce number 5 of group 1, at mesh.py:60 in sum: rank 0 and 1 more",
-    )
+    waiting = "waiting in all_reduce number 5 of group 1, at mesh.py:60 in sum: rank 0 and 1 more"
+    expected = 1, f"it is at rank.py:33 in rows; {waiting}"
+    assert blamed({0: waits("1", 5), 1: idle, 2: waits("1", 5)}) == expected
     rank, text = blamed({0: waits("1", 5), 1: waits("1", 4), 2: waits("2", 9)})
     assert rank == 1 and text.startswith("it is at mesh.py:60 in sum, in all_reduce number 4 of group 1; waiting in")
