@@ -55,9 +55,9 @@ class Checkpointer:
         self.folder = run / "checkpoints"
         self._group = dist.new_group(backend="gloo") if engine.mesh.device_mesh is not None else None
         self._thread = ThreadPoolExecutor(1)
-        self._writing: tuple[str, Future[float]] | None = None
+        self._writing: tuple[int, float, Future[float]] | None = None
+        self._failed: str | None = None
         self._copies: dict[str, Tensor] = {}
-        self.failed = False
 
     def save(self, step: int) -> str | None:
         """Copies everything and begins to write it, when the checkpoint before is done -> what `finish` says of that.
@@ -70,20 +70,20 @@ class Checkpointer:
             torch.cuda.synchronize()
         # Only the rank that speaks has read the streams; another would open them to say where it stands.
         files = self._files() if self.engine.mesh.speaks else {}
-        paused = time.perf_counter() - began
-        name = f"the checkpoint of step {step}, for which training paused {paused:.2f} s,"
-        self._writing = name, self._thread.submit(self._write, step, rectangles, files)
+        writing = self._thread.submit(self._write, step, rectangles, files)
+        self._writing = step, time.perf_counter() - began, writing
         return said
 
     def finish(self) -> str | None:
         """Waits for the checkpoint that is being written -> how that went, or None where there is none."""
         if self._writing is None:
             return None
-        (name, future), self._writing = self._writing, None
-        self.failed = future.exception() is not None
-        if self.failed:
-            return f"{name} could not be written and is left out: {future.exception()}"
-        return f"{name} is written, in {future.result():.1f} s"
+        (step, paused, future), self._writing = self._writing, None
+        if (error := future.exception()) is None:
+            self._failed = None
+            return f"checkpoint of step {step}: training paused {paused:.2f} s, written in {future.result():.1f} s"
+        self._failed = f"the checkpoint of step {step} could not be written and is left out: {error}"
+        return self._failed
 
     def __enter__(self) -> Self:
         return self
@@ -92,10 +92,10 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Errors: OSError when the last checkpoint of a run without error could not be written."""
-        said = self.finish()
+        self.finish()
         self._thread.shutdown()
-        if said and self.failed and kind is None:
-            raise OSError(said)
+        if self._failed and kind is None:
+            raise OSError(self._failed)
 
     def _copied(self, rectangle: Rectangle) -> Rectangle:
         """In CPU memory, the same at every save."""

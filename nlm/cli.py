@@ -22,7 +22,12 @@ LAUNCHER_GRACE_S = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse takes no overrides behind an option
+        if "overrides" not in options or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides += rest
     try:
         options.run(options)
     except (FloatingPointError, OSError) as error:
@@ -63,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as optim.lr=5e-4")
     train.set_defaults(run=_train)
 
+    prove = verbs.add_parser("prove-resume", help="train straight through and interrupted, and compare the two runs")
+    prove.add_argument("config", metavar="CONFIG", help="a TOML file")
+    prove.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as optim.lr=5e-4")
+    prove.add_argument("--at", type=int, metavar="STEP", help="of the interruption (half of all)")
+    prove.add_argument("--layout-after", metavar="tp=2,…", help="keys of [parallel] that change at the interruption")
+    prove.set_defaults(run=_prove_resume)
+
     tokenize = verbs.add_parser("tokenize", help="turn text, JSONL or parquet files into a token shard")
     tokenize.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or directories to search")
     how = tokenize.add_mutually_exclusive_group(required=True)
@@ -101,6 +113,14 @@ def _train(options: argparse.Namespace) -> None:
         train(config)
     except Stopped as stopped:
         sys.exit(_fail(REQUEUE, stopped))
+
+
+def _prove_resume(options: argparse.Namespace) -> None:
+    from nlm.prove import prove_resume
+
+    if not prove_resume(options.config, options.overrides, options.at, options.layout_after):
+        sys.exit(_fail(1, "the interrupted run is not the straight one"))
+    print("proved")
 
 
 def _tokenize(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nlm.mesh import Mesh
+from nlm.parallel.watch import of_a_collective
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What schedulers send before they take the machine away, and Ctrl-C."""
@@ -81,5 +82,7 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._agreeing is not None and kind is None:
+        if kind is None and self._agreeing is not None:
             self._agreeing[0].wait()
+        if self._asked and of_a_collective(error):
+            signal.raise_signal(self._asked)  # a launcher ends the ranks that are left: there is nothing to wait for

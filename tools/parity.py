@@ -28,16 +28,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from launched import free_port
 
-from nlm import NORMS, SCHEMES, SCORES, read_layers
+from nlm import NORMS, SCHEMES, SCORES
 from nlm.build import parse_config
+from nlm.compare import differences
 from nlm.config import Config, ConfigError
 from nlm.data.tokenize import tokenize
-from nlm.parallel.engine import MOMENTS
-from nlm.storage import read_all
 
 STEPS = 5
 LIMITS = {"fp32": 1e-5, "fp64": 1e-9}
@@ -257,52 +255,6 @@ class Ranks:
         self.running = []
 
 
-def differences(run: Path, reference: Path, exact: bool) -> dict[str, float]:
-    """The largest relative difference of each kind between two runs."""
-    lines, expected = (
-        [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, reference)
-    )
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), f"{run}: steps are missing"
-    found = {
-        key: max(by_number([a[key]], [b[key]]) for a, b in zip(lines, expected, strict=True))
-        for key in ("loss", "grad_norm")
-    }
-    layers, wanted = read_layers(run), read_layers(reference)
-    assert layers.keys() == wanted.keys(), "other statistics"
-    compare = by_number if exact else by_norm
-    for name in layers:
-        found[f"layers/{name}"] = max(compare(a, b) for a, b in zip(layers[name], wanted[name], strict=True))
-    path = f"checkpoints/step-{STEPS:08d}/tensors"
-    tensors, whole = read_all(run / path), read_all(reference / path)
-    assert tensors.keys() == whole.keys(), "other parameters"
-    for name in tensors:
-        kind = "optimizer" if name.endswith(MOMENTS) else "model"
-        found[kind] = max(found.get(kind, 0.0), by_norm(in_its_units(name, tensors), in_its_units(name, whole)))
-    return found
-
-
-def in_its_units(name: str, tensors: dict[str, torch.Tensor]) -> np.ndarray:
-    """A parameter or a moment; of the second moment the root, which is in the gradient's units and what AdamW uses."""
-    tensor = tensors[name]
-    return (tensor.sqrt() if name.endswith("exp_avg_sq") else tensor).numpy()
-
-
-def by_number(ours: Any, theirs: Any) -> float:
-    """Largest relative difference of single numbers; those that are zero or infinite must be equal."""
-    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.where(a == b, 0, np.abs(a - b) / np.abs(b)).max())
-
-
-def by_norm(ours: Any, theirs: Any) -> float:
-    """Norm of the difference in units of the reference's; infinite numbers must be equal."""
-    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    if np.array_equal(a, b):
-        return 0.0
-    with np.errstate(invalid="ignore"):
-        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
 @dataclass(frozen=True)
 class Cell:
     row: Row
@@ -332,13 +284,13 @@ class Reference:
         self.run = Path(config.log.dir)
         self.cpu_s = ranks.train(config)
         if row.precision == "fp64":
-            found = differences(self.run, self.run, exact=True)
+            found = differences(self.run, self.run)
             self.limits = {kind: STORED if kind.startswith("layers/") else LIMITS["fp64"] for kind in found}
         else:
             exact = replace(row, precision="fp64").config(folder, None)
             ranks.train(exact)
-            found = differences(self.run, Path(exact.log.dir), exact=False)
-            self.limits = {kind: LIMITS["fp32"] + ROUNDING * own for kind, own in found.items()}
+            found = differences(self.run, Path(exact.log.dir))
+            self.limits = {kind: LIMITS["fp32"] + ROUNDING * own.size for kind, own in found.items()}
 
 
 def cell(row: Row, layout: str, folder: Path, reference: Reference, ranks: Ranks) -> Cell:
@@ -349,8 +301,9 @@ def cell(row: Row, layout: str, folder: Path, reference: Reference, ranks: Ranks
     run, limits = Path(config.log.dir), reference.limits
     try:
         cpu_s = ranks.train(config)
-        found = differences(run, reference.run, row.precision == "fp64")
-    except (RuntimeError, AssertionError) as error:
+        compared = differences(run, reference.run, number_by_number=row.precision == "fp64")
+        found = {kind: difference.size for kind, difference in compared.items()}
+    except (RuntimeError, ValueError) as error:
         return Cell(row, layout, False, f"failed: {error}")
     shutil.rmtree(run)
     good = all(found[kind] <= limits[kind] for kind in found)

@@ -105,7 +105,7 @@ class Watch:
     def report(self, error: BaseException) -> Fault | None:
         """The fault of which `error` is a consequence; or None when it is this rank's own, and the others know."""
         limits, me = self.limits, self.me
-        if _of_a_collective(error) and self.known.wait(limits.silent_s + 3 * limits.beat_s):
+        if of_a_collective(error) and self.known.wait(limits.silent_s + 3 * limits.beat_s):
             self.reporting.set()
             return self.fault
         self.reporting.set()
@@ -189,7 +189,7 @@ def publish(store: Store, fault: Fault) -> Fault:
     return Fault(*json.loads(store.compare_set("fault", "", json.dumps(fault))))
 
 
-def _of_a_collective(error: BaseException | None) -> bool:
+def of_a_collective(error: BaseException | None) -> bool:
     """Whether torch's, gloo's or NCCL's communication failed, here or in what `error` was raised from."""
     while error is not None:
         if isinstance(error, dist.DistError):

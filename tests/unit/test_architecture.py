@@ -11,8 +11,9 @@ from nlm import SCHEMES
 
 PACKAGE = Path(nlm.__file__).parent
 LEVELS = [
-    ["nlm.anatomy", "nlm.config", "nlm.parallel.watch"],
-    ["nlm.batch", "nlm.layout", "nlm.storage", "nlm.parallel.tensor", "nlm.parallel.launch"],
+    ["nlm.anatomy", "nlm.config", "nlm.parallel.hang"],
+    ["nlm.parallel.watch"],
+    ["nlm.batch", "nlm.guard", "nlm.layout", "nlm.storage", "nlm.parallel.tensor", "nlm.parallel.launch"],
     ["nlm.norms", "nlm.runtime", "nlm.mesh"],
     ["nlm.schemes", "nlm.attention", "nlm.data"],
     ["nlm.model"],
@@ -20,8 +21,9 @@ LEVELS = [
     ["nlm.optim", "nlm.statistics"],
     ["nlm.parallel"],
     ["nlm.build", "nlm.evaluate"],
-    ["nlm.checkpoint", "nlm.metrics"],
-    ["nlm.train"],
+    ["nlm.checkpoint", "nlm.faults", "nlm.metrics", "nlm.stop"],
+    ["nlm.compare"],
+    ["nlm.train", "nlm.prove"],
     ["nlm.cli", "nlm"],
     ["nlm.__main__"],
 ]

@@ -25,6 +25,10 @@ from nlm.train import train
 RunConfig = Callable[..., Config]
 
 
+def guard(config: Config) -> Guard:
+    return Guard(config.faults, torch.device("cpu"))
+
+
 def stepped(config: Config) -> Engine:
     """A model one step away from its start."""
     engine = build_engine(config, Mesh())
@@ -41,7 +45,7 @@ def saved(run_config: RunConfig) -> Path:
 def test_the_model_of_a_checkpoint_is_the_trained_one(run_config: RunConfig, tmp_path: Path) -> None:
     config = run_config("model", {"tied": True, "scheme": {"name": "normformer"}})
     engine, tokens = stepped(config), torch.arange(24).view(2, 12)
-    with Checkpointer(tmp_path, engine, Corpus(config)) as checkpointer:
+    with Checkpointer(tmp_path, engine, Corpus(config), guard(config)) as checkpointer:
         checkpointer.save(5)
     loaded, its_config = load_checkpoint(checkpoints(tmp_path)[-1])
     assert its_config == config
@@ -52,7 +56,7 @@ def test_resuming_restores_optimizer_and_random_state(run_config: RunConfig, sav
     config = run_config("run")
     torch.manual_seed(1)
     engine = build_engine(config, Mesh())
-    assert resume(saved, engine, Corpus(engine.config), Guard(engine.config.faults, torch.device("cpu"))) == 8
+    assert resume(saved, engine, Corpus(config), guard(config)) == 8
     state = engine.optimizer.state[engine.pieces.tensors[0]]
     assert float(state["step"]) == 8 and state["exp_avg_sq"].abs().sum() > 0
     after = torch.get_rng_state()
@@ -66,15 +70,17 @@ def files_of(checkpoint: Path) -> set[str]:
 
 def test_at_no_moment_is_there_half_a_checkpoint(run_config: RunConfig, tmp_path: Path) -> None:
     config = run_config("atomic", checkpoint={"keep_last": 1})
-    with Checkpointer(tmp_path, stepped(config), Corpus(config)) as checkpointer:
+    with Checkpointer(tmp_path, stepped(config), Corpus(config), guard(config)) as checkpointer:
         checkpointer.save(1)
-        assert checkpointer.finish() is None
+        assert re.fullmatch(
+            r"checkpoint of step 1: training paused \d\.\d\d s, written in \d\.\d s", checkpointer.finish() or ""
+        )
         files = files_of(checkpoints(tmp_path)[-1])
         assert {"config.toml", "data.json", "state.safetensors", "checksums.json"} < files
         looks = 0
         for step in range(2, 40):
             checkpointer.save(step)
-            while not checkpointer._writing[1].done():
+            while not checkpointer._writing[-1].done():
                 for path in checkpoints(tmp_path):
                     with suppress(FileNotFoundError):  # renamed since it was listed
                         found = files_of(path)
@@ -92,7 +98,7 @@ def test_what_is_written_is_what_was_there_when_it_began(
     before = {h.name: h.tensor.clone() for h in engine.pieces.held}
     go_on = Event()
     monkeypatch.setattr("nlm.checkpoint.write", lambda *args: go_on.wait() and write(*args))
-    with Checkpointer(tmp_path, engine, Corpus(config)) as checkpointer:
+    with Checkpointer(tmp_path, engine, Corpus(config), guard(config)) as checkpointer:
         checkpointer.save(1)
         for tensor in engine.pieces.tensors:
             tensor.zero_()
