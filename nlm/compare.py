@@ -90,7 +90,7 @@ def by_number(ours: Any, theirs: Any) -> float:
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, np.abs(a - b) / np.abs(b))
-    return float(np.nan_to_num(relative, nan=np.inf).max())
+    return float(np.nan_to_num(relative, nan=np.inf, posinf=np.inf).max())
 
 
 def by_norm(ours: Any, theirs: Any) -> float:
@@ -99,4 +99,4 @@ def by_norm(ours: Any, theirs: Any) -> float:
     if np.array_equal(a, b, equal_nan=True):
         return 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.nan_to_num(np.linalg.norm(a - b) / np.linalg.norm(b), nan=np.inf))
+        return float(np.nan_to_num(np.linalg.norm(a - b) / np.linalg.norm(b), nan=np.inf, posinf=np.inf))

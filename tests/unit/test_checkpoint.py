@@ -1,6 +1,7 @@
 """Checkpoints: what they hold, and that a damaged or foreign one is refused by name."""
 
 import errno
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
