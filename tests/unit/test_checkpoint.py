@@ -135,6 +135,32 @@ def test_a_damaged_checkpoint_is_refused_by_name(file: str, damage: str, saved: 
         verify(saved)
 
 
+class Bomb:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("content", ["pickle", "a header without end"])
+def test_a_hostile_checkpoint_is_refused_and_none_of_it_executed(
+    file: str, content: str, saved: Path, run_config: RunConfig, tmp_path: Path
+) -> None:
+    if content == "pickle":
+        torch.save({"rng_cpu": Bomb(tmp_path / "executed")}, saved / file)
+    else:
+        (saved / file).write_bytes((2**60).to_bytes(8, "little") + b'{"a": {"dtype": "F32"')
+    with pytest.raises(ValueError, match=r"missing or damaged .* resume from an older checkpoint"):
+        train(run_config("run", train={"steps": 9}))
+    with pytest.raises(ValueError, match=f"missing or damaged: {file}"):
+        verify(saved)
+    assert not (tmp_path / "executed").exists()
+
+
 def test_one_changed_bit_is_found(saved: Path) -> None:
     path = saved / FILES[-1]
     content = bytearray(path.read_bytes())

@@ -13,6 +13,7 @@ from nlm.data import ShardSource, ShardWriter, load_tokenizer
 from nlm.data.corpus import Corpus
 from nlm.data.mixture import BLOCK, Mixture
 from nlm.data.shards import TokenShard
+from nlm.train import passes
 
 MakeConfig = Callable[..., Config]
 
@@ -160,6 +161,12 @@ def test_epochs_count_each_source(tmp_path: Path, make_config: MakeConfig) -> No
     epochs = mixed.epochs(40)
     assert epochs[a] * 24 + epochs[b] * 6 == n == 480
     assert abs(epochs[a] * 24 - 240) < 40
+    rows = mixed.rows(40)
+    assert rows == {name: epochs[name] * length for name, length in ((a, 24), (b, 6))}
+    assert passes(mixed, 40) == {f"epoch/{a}": epochs[a], f"epoch/{b}": epochs[b]} | {
+        f"rows/{name}": n for name, n in rows.items()
+    }
+    assert passes(corpus(make_config, a), 3) == {"epoch": 1.5}
 
 
 def test_without_weights_every_token_counts_the_same(tmp_path: Path, make_config: MakeConfig) -> None:

@@ -1,5 +1,6 @@
 """Text that is tokenized as it comes: the same rows whatever the workers, and after every resume."""
 
+import gzip
 import json
 import shutil
 import threading
@@ -193,3 +194,10 @@ def test_bad_input_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.jsonl").write_text('{"text": "whole"}\n{"text": "cut')
     with pytest.raises(ValueError, match=r"cut\.jsonl: cannot be read on"):
         read(stream(tmp_path / "cut.jsonl"), 0, 9)
+    whole = gzip.compress(b'{"text": "packed"}\n' * 1000)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.jsonl\.gz: cannot be read on"):
+        read(stream(tmp_path / "cut.jsonl.gz"), 0, 9)
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1, and nothing more")
+    with pytest.raises(ValueError, match=r"cut\.parquet: cannot be read on"):
+        read(stream(tmp_path / "cut.parquet"), 0, 1)

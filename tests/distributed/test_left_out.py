@@ -1,0 +1,95 @@
+"""A loss that is infinite on one rank only: all ranks leave the step out, and are as one process that leaves it out."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launched import free_port
+
+from nlm.checkpoint import checkpoints
+from nlm.config import Config
+from nlm.storage import read_all
+
+DEADLINE_S = 240
+BAD = 3
+SCRIPT = f"""
+import os, sys
+import nlm.data.rank
+from nlm.cli import main
+from nlm.model import Transformer
+
+rows, forward = nlm.data.rank.RankData.rows, Transformer.forward
+batch = 0
+last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+
+def rows_of(self, number):
+    global batch
+    batch = number
+    return rows(self, number)
+
+def infinite(self, x, targets=None, segments=None):
+    out = forward(self, x, targets, segments)
+    return out * float("inf") if batch == {BAD} and last and out.dim() == 0 else out
+
+nlm.data.rank.RankData.rows, Transformer.forward = rows_of, infinite
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def trained(run_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Path]:
+    """A run of six steps of which the third is bad."""
+
+    def train(name: str, ranks: int, **parallel: Any) -> Path:
+        model = {"scheme": {"name": "ngpt"}, "n_layers": 4}
+        config = run_config(name, model, train={"steps": 6}, parallel={"microbatches": 2} | parallel)
+        script, path = tmp_path / "script.py", tmp_path / f"{name}.toml"
+        script.write_text(SCRIPT)
+        path.write_text(config.to_toml())
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+        done = subprocess.run(
+            [sys.executable, *(torchrun if ranks > 1 else []), script, "train", path],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=DEADLINE_S,
+        )
+        assert done.returncode == 0, done.stdout
+        assert done.stdout.count(f"step {BAD} left out: loss ") == 1, done.stdout
+        return Path(config.log.dir)
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"dp_shard": 2},
+        {"tp": 2},
+        {"pp": 2},
+        {"engine": "deepspeed", "zero": 0, "dp_replicate": 2},
+        *({"engine": "deepspeed", "zero": stage, "dp_shard": 2} for stage in (1, 3)),
+        {"engine": "deepspeed", "zero": 3, "dp_shard": 2, "offload": True},
+    ],
+    ids=str,
+)
+def test_all_ranks_leave_it_out(layout: dict[str, Any], trained: Callable[..., Path]) -> None:
+    run, reference = trained("ranks", 2, **layout), trained("one", 1)
+    (fault,) = map(json.loads, (run / "faults.jsonl").read_text().splitlines())
+    assert fault["step"] == BAD and fault["left_out"]
+    ours, theirs = (read_all(checkpoints(r)[-1] / "tensors") for r in (run, reference))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.isfinite().all(), name
+        assert (tensor - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
+    losses = [
+        [json.loads(line)["loss"] for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, reference)
+    ]
+    good = [step for step in range(6) if step != BAD - 1]
+    assert [losses[0][step] for step in good] == pytest.approx([losses[1][step] for step in good], rel=1e-5)
