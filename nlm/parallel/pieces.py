@@ -13,6 +13,8 @@ from nlm.mesh import Mesh
 from nlm.model import Held, Transformer, held
 
 T = TypeVar("T")
+EXACT_ELEMENTS = 2**14
+"""Of how many elements torch takes the norm on the CPU without losing digits: of 50 million it is off by 0.4 %."""
 BUCKET_ELEMENTS = 2**23
 """How much one collective carries: enough that its latency does not matter, little beside a model."""
 
@@ -50,7 +52,7 @@ class Pieces:
         ]
         """Which pieces this rank stands for, so that the ranks together have everything once."""
         order = {name: i for i, name in enumerate(self.weights)}
-        places = [order[self.held[i].name] for i in self.counted]
+        places = [order[self.held[i].name] for i in self.counted for _ in self._exact(self.tensors[i])]
         self._places = torch.tensor(places, dtype=torch.int64, device=self.mesh.device)
 
     def gradients(self) -> list[Tensor]:
@@ -90,9 +92,16 @@ class Pieces:
         """
         squares = torch.zeros(len(self.weights), dtype=torch.float64, device=self.mesh.device)
         if self.counted:
-            norms = torch.stack(torch._foreach_norm([tensors[i] for i in self.counted]))
+            parts = [part for i in self.counted for part in self._exact(tensors[i])]
+            norms = torch.stack(torch._foreach_norm(parts))
             squares.index_add_(0, self._places, norms.to(squares).square())
         return self.mesh.sum(squares).sqrt()
+
+    def _exact(self, tensor: Tensor) -> Sequence[Tensor]:
+        """A tensor in parts that are small enough to take their norms."""
+        if self.mesh.device.type != "cpu" or tensor.numel() <= EXACT_ELEMENTS:
+            return (tensor,)
+        return tensor.flatten().split(EXACT_ELEMENTS)
 
 
 def all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None, factor: float = 1.0) -> None:
