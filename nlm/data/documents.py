@@ -1,7 +1,7 @@
 """Files of UTF-8 text to documents: a .txt or .md is one, a .jsonl one a line, a .parquet one a row."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,14 +103,17 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[str]:
         if piece.start:
             file.seek(piece.start - 1)
             file.readline()
-        while (at := file.tell()) < piece.stop:
-            line = _decode(file.readline(), path, at)
-            if line.strip():
+        at = file.tell()
+        while at < piece.stop:
+            raw = file.readline()
+            line = _decode(raw, path, at)
+            if not line.isspace():
                 try:
                     text = _field_of_json(line, text_field)
                 except ValueError as error:
                     raise ValueError(f"{path}, line {_line_number(path, at)}: {error}") from error
                 yield text
+            at += len(raw)
 
 
 def _read_parquet(piece: Piece, text_field: str) -> Iterator[str]:
@@ -161,7 +164,7 @@ def _field_of_json(line: str, field: str) -> str:
         raise ValueError(f"expected one JSON object a line; {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    _require(field, list(record))
+    _require(field, record)
     return _text(record[field], field)
 
 
@@ -172,9 +175,9 @@ def _python(value: Any) -> object:
         raise ValueError(f"not UTF-8 at byte {error.start} of the text: {error.reason}") from error
 
 
-def _require(field: str, fields: list[str], where: str = "") -> None:
+def _require(field: str, fields: Collection[str], where: str = "") -> None:
     if field not in fields:
-        raise ValueError(f"{where}expected a field {field!r}, found {fields}; name the one that is text")
+        raise ValueError(f"{where}expected a field {field!r}, found {list(fields)}; name the one that is text")
 
 
 def _text(value: object, field: str) -> str:

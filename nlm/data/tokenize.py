@@ -172,15 +172,15 @@ def _texts(files: list[Path], text_field: str, progress: Progress) -> Iterator[s
 
 def _encode(coder: Tokenizer, work: tuple[Unit, str]) -> Encoded:
     unit, text_field = work
-    documents: list[NDArray[np.int32]] = []
-    n_bytes = 0
+    end = np.array([coder.eod], np.int32)
+    tokens, lengths, n_bytes = [end[:0]], [], 0
     for texts in _batched(text for piece in unit for text in read_documents(piece, text_field)):
         for text, ids in zip(texts, coder.encode(texts), strict=True):
             if ids.size:
-                documents.append(np.append(ids, np.int32(coder.eod)))
+                tokens += ids, end
+                lengths.append(len(ids) + 1)
                 n_bytes += len(text.encode())
-    lengths = np.array([len(document) for document in documents], np.int32)
-    return Encoded(np.concatenate([np.empty(0, np.int32), *documents]), lengths, n_bytes)
+    return Encoded(np.concatenate(tokens), np.array(lengths, np.int32), n_bytes)
 
 
 def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
