@@ -73,12 +73,12 @@ def test_after_so_many_in_a_row_everything_is_left_out_until_it_goes_back() -> N
 
 
 def test_its_state_goes_on_where_it_was_and_another_window_begins_anew() -> None:
-    found, other, longer = guard(), guard(), guard(window=9)
-    verdicts(found, [1.0, 3.0] * 4 + [NAN])
-    for next_ in (other, longer):
+    found, other, shorter = guard(window=9), guard(window=9), guard(window=8)
+    verdicts(found, [1.0, 3.0] * 5 + [NAN])
+    for next_ in (other, shorter):
         next_.load_state(found.state())
-        assert next_.updates == 8 and next_.in_a_row == 1
-    assert verdicts(other, [100.0]) == [True] and verdicts(longer, [100.0]) == [False]
+        assert next_.updates == 10 and next_.in_a_row == 1
+    assert verdicts(other, [100.0]) == [True] and verdicts(shorter, [100.0]) == [False]
 
 
 def everything(engine: Engine) -> list[Tensor]:
