@@ -130,17 +130,14 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
             facts = {"batch": batch, "batch_digest": run.data.digest(rows)}
             if log:
                 log.write(step, scalars, vectors, facts)
-            for judged in (judged for judged in guard.judged() if judged.left_out):
-                run.faults.left_out(judged)
-                if log:
-                    log.say(f"step {judged.step} left out: loss {judged.loss}, gradient norm {judged.grad_norm}")
-            if (in_a_row := guard.in_a_row) >= config.faults.rollback_after:
-                return _roll_back(run, step, rows, in_a_row, checkpointer, log)
-            saves = saves and (not in_a_row or step == until)
         elif log:
             log.advance(step)
-        if (saves or reason) and (said := checkpointer.save(step)) and log:
-            log.say(said)
+        if logs or reason:
+            if (in_a_row := _left_out(run, log)) >= config.faults.rollback_after:
+                return _roll_back(run, step, rows, in_a_row, checkpointer, log)
+            saves = bool(reason) or (saves and (not in_a_row or step == until))
+            if saves and (said := checkpointer.save(step)) and log:
+                log.say(said)
         if reason:
             return reason
         if logs:
@@ -148,6 +145,16 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
     if (said := checkpointer.finish()) and log:
         log.say(said)
     return None
+
+
+def _left_out(run: Run, log: Log | None) -> int:
+    """Keeps record of the steps left out since it last did -> how many of the very last were, in a row."""
+    for judged in run.guard.judged():
+        if judged.left_out:
+            run.faults.left_out(judged)
+            if log:
+                log.say(f"step {judged.step} left out: loss {judged.loss}, gradient norm {judged.grad_norm}")
+    return run.guard.in_a_row
 
 
 def _roll_back(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nlm.guard import Guard, Judged
 from nlm.mesh import Mesh
 from nlm.parallel.engine import Engine
 from nlm.statistics.diagnose import LEAST, first_bad_layer
+from nlm.stop import Stopped
 from nlm.storage import read_all
 from nlm.train import train
 
@@ -155,6 +157,26 @@ def test_a_bad_batch_is_left_out_and_it_is_said(
     assert column(resumed, "loss") == column(straight, "loss")
     ours, theirs = (read_all(run / "checkpoints/step-00000008/tensors") for run in (resumed, straight))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_was_left_out_since_it_last_logged_is_on_record_when_it_stops(
+    run_config: RunConfig, poison: Callable[[set[int]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison({3})
+    config = run_config("stopped", log={"every": 100})
+    learning_rate = nlm.train.learning_rate
+
+    def notice(optim: Any, step: int, steps: int) -> float:
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return learning_rate(optim, step, steps)
+
+    monkeypatch.setattr(nlm.train, "learning_rate", notice)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        train(config)
+    run = Path(config.log.dir)
+    assert [fault["step"] for fault in records(run / "faults.jsonl")] == [3] and column(run, "step") == [1]
+    assert [fault["step"] for fault in records(train(config) / "faults.jsonl")] == [3]
 
 
 def test_a_run_goes_back_and_leaves_out_the_batches_since(
