@@ -230,6 +230,24 @@ def test_a_run_that_cannot_go_back_ends_and_names_the_layer(
         train(run_config("again", train={"steps": 20}, checkpoint={"every": 2}))
 
 
+def test_the_first_of_the_bad_steps_is_looked_at_though_it_is_noticed_later(
+    run_config: RunConfig, poison: Callable[[set[int]], None]
+) -> None:
+    """At step 10, whose own batch is a good one."""
+    poison({7, 8})
+    late = run_config("late", train={"steps": 20}, faults={"rollback_after": 2}, log={"every": 5})
+    with pytest.raises(FloatingPointError, match="step 7: .* 3 such .* the first to go bad is layer 1: grad_norm"):
+        train(late)
+
+
+def test_no_checkpoint_is_of_the_middle_of_bad_steps(run_config: RunConfig, poison: Callable[[set[int]], None]) -> None:
+    """It would hide those before them, which are to be left out."""
+    poison({3, 4})
+    train(run_config("run", checkpoint={"every": 1, "keep_last": 9}))
+    saved = [int(path.name[-1]) for path in checkpoints(Path(run_config("run").log.dir))]
+    assert saved == [1, 2, 5, 6, 7, 8]
+
+
 def test_a_learning_rate_that_is_far_too_high(run_config: RunConfig) -> None:
     config = run_config("diverges", train={"steps": 20}, optim={"lr": 1e30, "clip": 0.0}, checkpoint={"every": 1})
     with pytest.raises(FloatingPointError, match=r"first to go bad is layer \d+: .* had gone back to step 1 before"):
