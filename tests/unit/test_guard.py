@@ -236,7 +236,7 @@ def test_the_first_of_the_bad_steps_is_looked_at_though_it_is_noticed_later(
     """At step 10, whose own batch is a good one."""
     poison({7, 8})
     late = run_config("late", train={"steps": 20}, faults={"rollback_after": 2}, log={"every": 5})
-    with pytest.raises(FloatingPointError, match="step 7: .* 3 such .* the first to go bad is layer 1: grad_norm"):
+    with pytest.raises(FloatingPointError, match=r"step 7: .* 3 such .* the first to go bad is layer 1: grad_norm"):
         train(late)
 
 
