@@ -15,7 +15,7 @@ from launched import free_port
 
 from nlm.checkpoint import checkpoints
 from nlm.config import Config
-from nlm.stop import REQUEUE, Stopped
+from nlm.stop import Stopped
 from nlm.storage import read_all
 from nlm.train import train
 
@@ -74,9 +74,9 @@ class Launched:
             time.sleep(0.01)
 
     def said(self) -> str:
-        """To stderr, when all have ended with the code that asks for another start."""
+        """To stderr, when all have ended with the code that asks for another start, EX_TEMPFAIL."""
         said = [rank.communicate(timeout=DEADLINE_S)[1] for rank in self.ranks]
-        assert [rank.returncode for rank in self.ranks] == [REQUEUE] * len(self.ranks), said
+        assert [rank.returncode for rank in self.ranks] == [75] * len(self.ranks), said
         return "".join(said)
 
 
