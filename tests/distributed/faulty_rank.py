@@ -31,7 +31,9 @@ def read_for_ever() -> None:
 def step_together(config: Config) -> None:
     with process_group(config, torch.device("cpu"), LIMITS if fault != "default limits" else Limits()) as step_ended:
         rank = os.environ.get("RANK", "0")
-        for step in range(10**9 if fault else 20):
+        if rank in ranks_at_fault and fault == "starts late":
+            time.sleep(6)
+        for step in range(20 if fault in ("", "starts late") else 10**9):
             if dist.is_initialized():
                 dist.all_reduce(torch.ones(1000))
             if step == 10:

@@ -295,6 +295,15 @@ def test_all_ranks_raise_the_same(launch: Launch) -> None:
     assert ranks.everything() == "nlm: step 10: loss nan\n"
 
 
+def test_it_takes_its_time_until_the_first_step(launch: Launch) -> None:
+    """To build and compile the model, which is no hang."""
+    ranks = launch(2)
+    for rank in range(2):
+        ranks.start(rank, "faults.hang_minutes=0.05", FAULT="starts late", FAULT_RANKS="1")
+    assert ranks.end() == {0: 0, 1: 0}
+    assert ranks.everything() == ""
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_hangs(rank: int, launch: Launch) -> None:
     """It lives and beats, but takes no step; the others wait for it. All say so, and what each did is in files."""

@@ -80,3 +80,5 @@ def test_who_is_blamed() -> None:
     assert blamed({0: waits("1", 5), 1: idle, 2: waits("1", 5)}) == expected
     rank, text = blamed({0: waits("1", 5), 1: waits("1", 4), 2: waits("2", 9)})
     assert rank == 1 and text.startswith("it is at mesh.py:60 in sum, in all_reduce number 4 of group 1; waiting in")
+    behind = Doing("mesh.py:60 in sum", {"0": 6, "2": 9}, "all_reduce number 9 of group 2")
+    assert blamed({0: behind, 1: Doing("rank.py:33 in rows", {"0": 7}, None), 2: waits("1", 5)})[0] == 1

@@ -117,6 +117,22 @@ def test_a_stream_in_a_mixture(folder: Path, shard: str, make_config: Callable[.
     assert all((a != b).any() for a, b in zip(batches, rest, strict=False))
 
 
+def test_batches_that_nobody_asks_for_are_read_over(folder: Path, make_config: Callable[..., Config]) -> None:
+    """Also after a resume, as when a run has gone back and leaves some out."""
+    text = {"files": [str(folder / "*.jsonl")], "tokenizer": "byte", "weight": 1.0, "workers": 0, "shuffle": 5}
+
+    def corpus() -> Corpus:
+        return Corpus(make_config({"vocab_size": 257}, data={"train": [text]}))
+
+    one_by_one, leaping, resumed = corpus(), corpus(), corpus()
+    batches = [one_by_one.batch(number).tokens for number in range(1, 8)]
+    np.testing.assert_array_equal(leaping.batch(2).tokens, batches[1])
+    resumed.load_state(json.loads(json.dumps(leaping.state())))
+    for other in (leaping, resumed):
+        np.testing.assert_array_equal(other.batch(5).tokens, batches[4])
+        np.testing.assert_array_equal(other.batch(7).tokens, batches[6])
+
+
 class Flaky(SimpleHTTPRequestHandler):
     """Serves ranges as a store does, except for so many requests, of the whole file and of a range each."""
 
