@@ -155,8 +155,10 @@ def kill_again_and_again(launch: Launch, run: Path, kills: int, draw: random.Ran
             case "any":
                 time.sleep(draw.uniform(0, 1))
             case "save":
-                wait(launch, lambda: saving(run))
-                time.sleep(draw.uniform(0, 0.03))
+                while wait(launch, lambda: saving(run)):
+                    time.sleep(draw.uniform(0, 0.03))
+                    if saving(run):  # still, or again
+                        break
         inside = saving(run)
         if not launch.kill(everything, draw):
             continue

@@ -11,7 +11,6 @@ import pytest
 from launched import free_port
 
 from nlm.config import Config
-from nlm.storage import read_all
 from nlm.train import train
 
 RunConfig = Callable[..., Config]
@@ -66,28 +65,7 @@ def test_a_run(command: list[str], layout: list[str], one: Config, tmp_path: Pat
     assert last["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-5)
 
 
-def test_a_run_goes_on_in_another_layout(run_config: RunConfig, tmp_path: Path) -> None:
-    """Five steps in one process, two on pipeline ranks, two under ZeRO-2: as nine in one process."""
-    constant = {"schedule": "constant"}
-    straight = train(run_config("straight", train={"steps": 9}, optim=constant))
-    config = run_config("moved", train={"steps": 5}, optim=constant)
-    run = train(config)
-    path = tmp_path / "config.toml"
-    path.write_text(config.to_toml())
-    for command, *overrides in (
-        (TORCHRUN, "train.steps=7", "parallel.pp=2", "parallel.microbatches=2"),
-        (DEEPSPEED, "train.steps=9", "parallel.engine=deepspeed", "parallel.zero=2", "parallel.dp_shard=2"),
-    ):
-        done = launch(command, path, *overrides)
-        assert done.returncode == 0, done.stdout
-    assert losses(run) == pytest.approx(losses(straight), rel=1e-5)
-    ours, theirs = (read_all(r / "checkpoints/step-00000009/tensors") for r in (run, straight))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert (tensor - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
-
-
-@pytest.mark.parametrize("layout", [["dp_replicate=2"], ["dp_shard=2"], ["tp=2"], ["pp=2", "microbatches=2"]], ids=str)
+@pytest.mark.parametrize("layout", [["dp_shard=2"], ["pp=2", "microbatches=2"]], ids=str)
 def test_nan_on_one_rank_ends_all(layout: list[str], one: Config, tmp_path: Path) -> None:
     path, run = tmp_path / "config.toml", tmp_path / "run"
     path.write_text(one.to_toml())
