@@ -41,14 +41,22 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.fixture
-def trained(run_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Path]:
+@pytest.fixture(scope="module")
+def trained(
+    make_config: Callable[..., Config], shard: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """A run of six steps of which the third is bad."""
 
-    def train(name: str, ranks: int, **parallel: Any) -> Path:
-        model = {"scheme": {"name": "ngpt"}, "n_layers": 4}
-        config = run_config(name, model, train={"steps": 6}, parallel={"microbatches": 2} | parallel)
-        script, path = tmp_path / "script.py", tmp_path / f"{name}.toml"
+    def train(ranks: int, **parallel: Any) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        config = make_config(
+            {"scheme": {"name": "ngpt"}, "n_layers": 4, "vocab_size": 257},
+            train={"steps": 6, "batch_tokens": 128, "seq_len": 32},
+            data={"train": shard},
+            parallel={"microbatches": 2} | parallel,
+            log={"dir": str(folder / "run"), "every": 1, "tensorboard": False},
+        )
+        script, path = folder / "script.py", folder / "config.toml"
         script.write_text(SCRIPT)
         path.write_text(config.to_toml())
         torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
@@ -67,6 +75,11 @@ def trained(run_config: Callable[..., Config], tmp_path: Path) -> Callable[..., 
     return train
 
 
+@pytest.fixture(scope="module")
+def reference(trained: Callable[..., Path]) -> Path:
+    return trained(1)
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -79,8 +92,8 @@ def trained(run_config: Callable[..., Config], tmp_path: Path) -> Callable[..., 
     ],
     ids=str,
 )
-def test_all_ranks_leave_it_out(layout: dict[str, Any], trained: Callable[..., Path]) -> None:
-    run, reference = trained("ranks", 2, **layout), trained("one", 1)
+def test_all_ranks_leave_it_out(layout: dict[str, Any], trained: Callable[..., Path], reference: Path) -> None:
+    run = trained(2, **layout)
     (fault,) = map(json.loads, (run / "faults.jsonl").read_text().splitlines())
     assert fault["step"] == BAD and fault["left_out"]
     ours, theirs = (read_all(checkpoints(r)[-1] / "tensors") for r in (run, reference))
