@@ -145,9 +145,11 @@ def chaos(folder: Path, kills: int, seed: int) -> Counter[str]:
 
 
 def kill_again_and_again(launch: Launch, run: Path, kills: int, draw: random.Random) -> Counter[str]:
-    done = Counter[str]()
-    while (n := done.total()) < kills:
-        moment, everything = draw.choice(["any", "step", "save"]), draw.random() < 0.4
+    """`kills`, and some more of a rank that has just been started again."""
+    done, n = Counter[str](), 0
+    moments = draw.sample((["save", "step", "any"] * kills)[:kills], k=kills)  # a third of each, in any order
+    while n < kills:
+        moment, everything = moments[n], draw.random() < 0.4
         goal = STEPS_A_KILL * n + draw.randrange(STEPS_A_KILL)  # the run gets on, whatever happens to it
         if not wait(launch, lambda: last_step(run) >= goal):  # noqa: B023
             break
@@ -164,11 +166,12 @@ def kill_again_and_again(launch: Launch, run: Path, kills: int, draw: random.Ran
             continue
         kind = ("all ranks" if everything else "one rank") + (", during a save" if inside else "")
         done[kind] += 1
+        n += 1
         whole = read_checkpoints(run)
-        print(f"kill {n + 1}: {kind}, at step {last_step(run)}; checkpoints, all whole: {whole}", flush=True)
+        print(f"kill {n}: {kind}, at step {last_step(run)}; checkpoints, all whole: {whole}", flush=True)
         if everything:
             launch.start()
-        if draw.random() < 0.2 and done.total() < kills:  # and once more while it starts
+        if draw.random() < 0.2:
             time.sleep(draw.uniform(0, 6))
             done["one rank, while it starts"] += launch.kill(everything=False, draw=draw)
     return done
@@ -176,7 +179,7 @@ def kill_again_and_again(launch: Launch, run: Path, kills: int, draw: random.Ran
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.monotonic()
