@@ -1,8 +1,11 @@
-"""A function run as every rank of a small gloo group, in processes of their own."""
+"""Ranks in processes of their own: a function as every rank of a small gloo group, or a command under torchrun."""
 
 import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,20 @@ import torch.multiprocessing as mp
 from launched import free_port
 
 DEADLINE_S = 240
+
+
+def torchrun(ranks: int, *command: str | Path, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """A script and its arguments, or `-m` and a module, as so many ranks; what they said is in `stdout`."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    launcher += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    return subprocess.run(
+        [sys.executable, *(launcher if ranks > 1 else []), *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=DEADLINE_S,
+    )
 
 
 def run_ranks(n: int, function: Callable[..., None], *arguments: Any) -> None:

@@ -1,22 +1,18 @@
 """A run that hangs is ended and brought back by torchrun itself, and ends as one that did not."""
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from launched import free_port
+from ranks import torchrun
 
 from nlm.checkpoint import checkpoints
 from nlm.config import Config
 from nlm.parallel.hang import Doing, blamed
 from nlm.storage import read_all
 
-DEADLINE_S = 300
 HANGING = """
 import os, sys, time
 from pathlib import Path
@@ -49,15 +45,7 @@ def test_torchrun_brings_back_a_run_that_hangs(
         script.write_text(HANGING)
         if not hangs:
             hung.touch()
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
-        done = subprocess.run(
-            [*command, f"--master-port={free_port()}", script, hung, "train", tmp_path / f"{name}.toml"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=DEADLINE_S,
-        )
+        done = torchrun(2, script, hung, "train", tmp_path / f"{name}.toml", restarts=1)
         assert done.returncode == 0, done.stdout
         return Path(config.log.dir), done.stdout
 

@@ -9,20 +9,19 @@ from pathlib import Path
 
 import pytest
 from launched import free_port
+from ranks import torchrun
 
 from nlm.config import Config
 from nlm.train import train
 
 RunConfig = Callable[..., Config]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators=2", "--module"]
+DEEPSPEED = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators=2"]
 
 
-def launch(command: list[str], config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    nlm = ["-m", "nlm"] if command is TORCHRUN else ["nlm"]
-    port = "--master-port" if command is TORCHRUN else "--master_port"
+def deepspeed(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """As `torchrun`, of two ranks."""
     return subprocess.run(
-        [*command, f"{port}={free_port()}", *nlm, "train", str(config), *overrides],
+        [*DEEPSPEED, f"--master_port={free_port()}", *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         text=True,
         stdout=subprocess.PIPE,
@@ -43,19 +42,23 @@ def one(run_config: RunConfig) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("command", "layout"),
+    ("launcher", "layout"),
     [
-        (TORCHRUN, ["parallel.tp=2"]),
-        (TORCHRUN, ["parallel.pp=2", "parallel.microbatches=2"]),
-        (DEEPSPEED, ["parallel.dp_replicate=2"]),
-        (DEEPSPEED, ["parallel.engine=deepspeed", "parallel.zero=3", "parallel.dp_shard=2"]),
+        ("torchrun", ["parallel.tp=2"]),
+        ("torchrun", ["parallel.pp=2", "parallel.microbatches=2"]),
+        ("deepspeed", ["parallel.dp_replicate=2"]),
+        ("deepspeed", ["parallel.engine=deepspeed", "parallel.zero=3", "parallel.dp_shard=2"]),
     ],
     ids=["torchrun-tp", "torchrun-pp", "deepspeed-ddp", "deepspeed-zero3"],
 )
-def test_a_run(command: list[str], layout: list[str], one: Config, tmp_path: Path) -> None:
+def test_a_run(launcher: str, layout: list[str], one: Config, tmp_path: Path) -> None:
     path, run = tmp_path / "config.toml", tmp_path / "run"
     path.write_text(one.to_toml())
-    done = launch(command, path, f"log.dir={run}", *layout)
+    train_there = ("train", path, f"log.dir={run}", *layout)
+    if launcher == "torchrun":
+        done = torchrun(2, "-m", "nlm", *train_there)
+    else:
+        done = deepspeed("--module", "nlm", *train_there)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("parameters in 3 layers on cpu x") == 1, done.stdout
     assert done.stdout.count("step 8/8") == 1, done.stdout
@@ -72,14 +75,7 @@ def test_nan_on_one_rank_ends_all(layout: list[str], one: Config, tmp_path: Path
     script = tmp_path / "poisoned.py"
     script.write_text(POISON)
     overrides = [f"log.dir={run}", *(f"parallel.{part}" for part in layout)]
-    done = subprocess.run(
-        [*TORCHRUN, f"--master-port={free_port()}", str(script), "train", str(path), *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=240,
-    )
+    done = torchrun(2, script, "train", path, *overrides)
     assert done.returncode == 1, done.stdout
     assert done.stdout.count("nlm: step 1: loss") == 1 and "gradient norm nan" in done.stdout, done.stdout
     assert not list(run.glob("checkpoints/step-*")), "a checkpoint of nothing but NaN"

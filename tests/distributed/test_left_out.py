@@ -1,21 +1,17 @@
 """A loss that is infinite on one rank only: all ranks leave the step out, and are as one process that leaves it out."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import free_port
+from ranks import torchrun
 
 from nlm.checkpoint import checkpoints
 from nlm.config import Config
 from nlm.storage import read_all
 
-DEADLINE_S = 240
 BAD = 3
 SCRIPT = f"""
 import os, sys
@@ -59,15 +55,7 @@ def trained(
         script, path = folder / "script.py", folder / "config.toml"
         script.write_text(SCRIPT)
         path.write_text(config.to_toml())
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
-        done = subprocess.run(
-            [sys.executable, *(torchrun if ranks > 1 else []), script, "train", path],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=DEADLINE_S,
-        )
+        done = torchrun(ranks, script, "train", path)
         assert done.returncode == 0, done.stdout
         assert done.stdout.count(f"step {BAD} left out: loss ") == 1, done.stdout
         return Path(config.log.dir)
