@@ -53,12 +53,14 @@ def find_files(inputs: list[str]) -> list[Path]:
 def units(files: list[Path]) -> Iterator[Unit]:
     """All of the files, in their order, in units of about UNIT_BYTES."""
     unit: Unit = []
+    size = 0.0
     for file in files:
         for piece in _pieces(file):
             unit.append(piece)
-            if sum(piece.bytes for piece in unit) >= UNIT_BYTES:
+            size += piece.bytes
+            if size >= UNIT_BYTES:
                 yield unit
-                unit = []
+                unit, size = [], 0.0
     if unit:
         yield unit
 

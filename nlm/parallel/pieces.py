@@ -1,7 +1,6 @@
 """What the ranks hold of the parameters, as plain tensors, and what only all of them together know of them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,7 +11,6 @@ from nlm.anatomy import Weight
 from nlm.mesh import Mesh
 from nlm.model import Held, Transformer, held
 
-T = TypeVar("T")
 EXACT_ELEMENTS = 2**14
 """Of how many elements torch takes the norm on the CPU without losing digits: of 50 million it is off by 0.4 %."""
 BUCKET_ELEMENTS = 2**23
@@ -106,7 +104,7 @@ class Pieces:
 
 def all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None, factor: float = 1.0) -> None:
     """In place: the sum over the ranks times `factor`, in few collectives."""
-    for bucket in _buckets(tensors, Tensor.numel):
+    for bucket in _buckets(tensors):
         flat = torch.cat([t.flatten() for t in bucket])
         dist.all_reduce(flat, group=group)
         flat *= factor
@@ -114,13 +112,13 @@ def all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None
         torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
 
 
-def _buckets(items: Sequence[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """The items in order, in runs just large enough to fill a collective."""
-    bucket: list[T] = []
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, in runs just large enough to fill a collective."""
+    bucket: list[Tensor] = []
     filled = 0
-    for item in items:
-        bucket.append(item)
-        filled += size(item)
+    for tensor in tensors:
+        bucket.append(tensor)
+        filled += tensor.numel()
         if filled >= BUCKET_ELEMENTS:
             yield bucket
             bucket, filled = [], 0
