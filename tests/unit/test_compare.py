@@ -104,8 +104,9 @@ def test_prove_resume_in_another_layout(layout: str, config: str, capsys: pytest
     assert f"  {'data':14}bit-identical" in said and f"  {'parameters':14}differs by up to" in said
 
 
+@pytest.mark.parametrize("layout", [[], ["--layout-after=microbatches=2"]], ids=str)
 def test_a_resume_that_is_wrong_is_not_proved(
-    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    layout: list[str], config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Here with another learning rate after the interruption."""
     from nlm import prove
@@ -118,10 +119,10 @@ def test_a_resume_that_is_wrong_is_not_proved(
 
     monkeypatch.setattr(prove, "_train", wrong)
     with pytest.raises(SystemExit, match="1"):
-        main(["prove-resume", config])
+        main(["prove-resume", config, *layout])
     said, error = capsys.readouterr()
     assert f"  {'data':14}bit-identical" in said and f"  {'loss':14}differs by up to" in said
-    assert "first in step 6" in said  # step 5 still has the parameters of before
+    assert layout or "first in step 6" in said  # step 5 still has the parameters of before
     assert "nlm: the interrupted run is not the straight one" in error
 
 

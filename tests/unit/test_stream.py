@@ -134,16 +134,16 @@ def test_batches_that_nobody_asks_for_are_read_over(folder: Path, make_config: C
 
 
 class Flaky(SimpleHTTPRequestHandler):
-    """Serves ranges as a store does, except for so many requests, of the whole file and of a range each."""
+    """Serves ranges as a store does, except for so many requests, of the whole file, of a range and of a path each."""
 
-    broken = {False: 0, True: 0}
+    broken: dict[bool | str, int] = {}
 
     def do_GET(self) -> None:
-        ranged = "Range" in self.headers
-        if Flaky.broken[ranged]:
-            Flaky.broken[ranged] -= 1
-            self.send_error(503)
-            return
+        for kind in ("Range" in self.headers, self.path):
+            if Flaky.broken.get(kind):
+                Flaky.broken[kind] -= 1
+                self.send_error(503)
+                return
         content = Path(self.translate_path(self.path)).read_bytes()
         first, last = 0, len(content) - 1
         if asked := self.headers.get("Range"):
@@ -175,6 +175,24 @@ def test_a_remote_file_is_read_like_a_local_one_and_again_when_it_fails(server: 
     Flaky.broken = {False: 3, True: 2}
     np.testing.assert_array_equal(read(source, 0, 50)[0], read(stream(folder / "0.jsonl"), 0, 50)[0])
     assert Flaky.broken == {False: 0, True: 0}
+
+
+def test_every_remote_file_may_fail_and_none_is_read_twice(
+    server: str, folder: Path, speeches: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each as often as there are tries, which begin anew with every chunk that was whole."""
+    for which in ("READ", "OPEN"):
+        monkeypatch.setattr(f"datasets.config.STREAMING_{which}_MAX_RETRIES", 1)
+    names = [f"{i}.jsonl" for i in range(3)]
+    source = StreamSource([f"{server}/{name}" for name in names], "byte", SEQ_LEN, 257, 0)
+    local = StreamSource([str(folder / name) for name in names], "byte", SEQ_LEN, 257, 0)
+    rows = [sum(len(speech.encode()) + 1 for speech in play) // SEQ_LEN for play in speeches]
+    start = 0
+    for i, n in enumerate(rows):
+        stop = sum(rows[:i]) + n // 2  # not yet near the next file
+        np.testing.assert_array_equal(read(source, start, stop)[0], read(local, start, stop)[0])
+        assert not any(Flaky.broken.values())
+        start, Flaky.broken = stop, {f"/{i + 1}.jsonl": 4}
 
 
 def test_a_remote_file_that_cannot_be_read_is_an_error(server: str) -> None:
