@@ -31,8 +31,9 @@ data/plays.json: | $(BIN)/.quickstart
 data/plays-held-out.json: data/plays.json
 	@$(BIN)/nlm tokenize $(PLAYS)/tragedies --tokenizer data/plays.model --out data/plays-held-out
 
+# Two at a time, whatever the cores: most tests compute on one, and those of several processes wait for each other.
 test: $(BIN)/.test check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 check: $(BIN)/.test
 	$(BIN)/ruff check
