@@ -44,16 +44,11 @@ def doing(folder: Path, rank: int) -> Doing:
     with open(folder / f"stacks_rank_{rank}.txt", "w", encoding="utf-8") as file:
         faulthandler.dump_traceback(file)
     record = pickle.loads(trace)
+    entries = [entry for entry in record["entries"] if not _of_a_thread(entry)]
     # Groups have numbers of this process's own and names that all ranks share.
-    names = {str(entry["pg_id"]): entry["process_group"][0] for entry in record["entries"]}
-    counts = {names[number]: count for number, count in record["pg_status"].items() if number in names}
-    begun = {group: count["last_enqueued_collective"] for group, count in counts.items()}
-    unfinished = [
-        entry
-        for entry in record["entries"]
-        if not entry["is_p2p"]
-        and entry["collective_seq_id"] > counts[entry["process_group"][0]]["last_completed_collective"]
-    ]
+    names = {str(entry["pg_id"]): entry["process_group"][0] for entry in entries}
+    begun = {names[n]: count["last_enqueued_collective"] for n, count in record["pg_status"].items() if n in names}
+    unfinished = [entry for entry in entries if not entry["is_p2p"] and not entry["retired"]]
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
     # Sends and receives of a pipeline are no collectives.
     inside = stack[-1].name if "/torch/distributed/" in stack[-1].filename else None
@@ -67,6 +62,11 @@ def doing(folder: Path, rank: int) -> Doing:
 
 def _place(frame: traceback.FrameSummary) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+
+
+def _of_a_thread(entry: Mapping[str, Any]) -> bool:
+    """Such as the one that writes a checkpoint, whose collectives keep no step from ending."""
+    return any(frame["name"] == "_bootstrap_inner" for frame in entry["frames"])  # of threading.py
 
 
 def _described(entry: Mapping[str, Any]) -> str:

@@ -1,16 +1,19 @@
 """A run that hangs is ended and brought back by torchrun itself, and ends as one that did not."""
 
 import re
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import torchrun
+import torch.distributed as dist
+from ranks import run_ranks, torchrun
 
 from nlm.checkpoint import checkpoints
 from nlm.config import Config
-from nlm.parallel.hang import Doing, blamed
+from nlm.parallel.hang import Doing, blamed, doing
 from nlm.storage import read_all
 
 HANGING = """
@@ -39,7 +42,7 @@ def test_torchrun_brings_back_a_run_that_hangs(
     """Under a pipeline the other rank hangs in a receive, which is no collective."""
 
     def launched(name: str, *, hangs: bool) -> tuple[Path, str]:
-        config = run_config(name, parallel=layout, checkpoint={"every": 2}, faults={"hang_minutes": 0.05})
+        config = run_config(name, parallel=layout, checkpoint={"every": 2}, faults={"hang_minutes": 0.1})
         (tmp_path / f"{name}.toml").write_text(config.to_toml())
         script, hung = tmp_path / "hanging.py", tmp_path / "hung"
         script.write_text(HANGING)
@@ -51,11 +54,47 @@ def test_torchrun_brings_back_a_run_that_hangs(
 
     run, said = launched("hangs", hangs=True)
     place = r"it is at \w+\.py:\d+ in \w+, from there at hanging\.py:\d+ in read; waiting in \w+"
-    assert re.search(rf"nlm: rank 1 on \S+: no step has ended for 3 s: {place}", said), said
+    assert re.search(rf"nlm: rank 1 on \S+: no step has ended for 6 s: {place}", said), said
     assert "hangs: resuming after step 4" in said
     straight, _ = launched("straight", hangs=False)
     ours, theirs = (read_all(checkpoints(r)[-1] / "tensors") for r in (run, straight))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def one_reads(rank: int, folder: Path) -> None:
+    """Rank 0 waits for rank 1, which reads while a thread of its own waits for rank 0, as when a checkpoint is written;
+    a second thread looks at it, as a watch does."""
+    apart = dist.new_group(backend="gloo")
+    dist.all_reduce(torch.ones(3))
+    looked, seen = threading.Event(), folder / "seen"
+
+    def look() -> None:
+        while rank == 0 and doing(folder, rank).waits_in is None:
+            time.sleep(0.1)
+        while rank == 1 and not seen.exists():
+            time.sleep(0.1)
+        found.append(doing(folder, rank))
+        seen.touch()
+        looked.set()
+
+    found: list[Doing] = []
+    looker, other = threading.Thread(target=look), threading.Thread(target=dist.barrier, args=(apart,))
+    if rank == 1:
+        other.start()
+    looker.start()
+    if rank == 1:
+        assert looked.wait(60)
+    dist.all_reduce(torch.ones(3))
+    looker.join()
+    if rank == 0:
+        other.start()
+    other.join()
+    assert found[0].waits_in == (None if rank == 1 else "all_reduce number 2 of group 0"), found
+    assert found[0].begun == {"0": 2 - rank}, found
+
+
+def test_what_a_rank_does_is_what_its_main_thread_does(tmp_path: Path) -> None:
+    run_ranks(2, one_reads, tmp_path)
 
 
 def test_who_is_blamed() -> None:
