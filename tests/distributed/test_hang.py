@@ -66,10 +66,10 @@ def one_reads(rank: int, folder: Path) -> None:
     a second thread looks at it, as a watch does."""
     apart = dist.new_group(backend="gloo")
     dist.all_reduce(torch.ones(3))
-    looked, seen = threading.Event(), folder / "seen"
+    looked, seen, waits = threading.Event(), folder / "seen", "all_reduce number 2 of group 0"
 
     def look() -> None:
-        while rank == 0 and doing(folder, rank).waits_in is None:
+        while rank == 0 and doing(folder, rank).waits_in != waits:
             time.sleep(0.1)
         while rank == 1 and not seen.exists():
             time.sleep(0.1)
@@ -89,7 +89,7 @@ def one_reads(rank: int, folder: Path) -> None:
     if rank == 0:
         other.start()
     other.join()
-    assert found[0].waits_in == (None if rank == 1 else "all_reduce number 2 of group 0"), found
+    assert found[0].waits_in == (None if rank == 1 else waits), found
     assert found[0].begun == {"0": 2 - rank}, found
 
 
