@@ -62,33 +62,28 @@ def test_torchrun_brings_back_a_run_that_hangs(
 
 
 def one_reads(rank: int, folder: Path) -> None:
-    """Rank 0 waits for rank 1, which reads while a thread of its own waits for rank 0, as when a checkpoint is written;
-    a second thread looks at it, as a watch does."""
-    apart = dist.new_group(backend="gloo")
+    """Rank 0 waits for rank 1, whose main thread does something else while a thread of its own waits for rank 0, as
+    when a checkpoint is written; a second thread looks at it, as a watch does."""
+    apart, seen, waits = dist.new_group(backend="gloo"), folder / "seen", "all_reduce number 2 of group 0"
     dist.all_reduce(torch.ones(3))
-    looked, seen, waits = threading.Event(), folder / "seen", "all_reduce number 2 of group 0"
+    found: list[Doing] = []
 
     def look() -> None:
-        while rank == 0 and doing(folder, rank).waits_in != waits:
-            time.sleep(0.1)
-        while rank == 1 and not seen.exists():
+        while not (seen.exists() if rank == 1 else doing(folder, rank).waits_in == waits):
             time.sleep(0.1)
         found.append(doing(folder, rank))
         seen.touch()
-        looked.set()
 
-    found: list[Doing] = []
-    looker, other = threading.Thread(target=look), threading.Thread(target=dist.barrier, args=(apart,))
-    if rank == 1:
-        other.start()
+    looker, writer = threading.Thread(target=look), threading.Thread(target=dist.barrier, args=(apart,))
     looker.start()
     if rank == 1:
-        assert looked.wait(60)
+        writer.start()
+        looker.join()
     dist.all_reduce(torch.ones(3))
     looker.join()
     if rank == 0:
-        other.start()
-    other.join()
+        writer.start()
+    writer.join()
     assert found[0].waits_in == (None if rank == 1 else waits), found
     assert found[0].begun == {"0": 2 - rank}, found
 
