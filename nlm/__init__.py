@@ -4,20 +4,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nlm.attention import SCORES
     from nlm.build import build_model, load_config
     from nlm.checkpoint import load_checkpoint
     from nlm.norms import NORMS
     from nlm.schemes import SCHEMES
+    from nlm.scores import SCORES
     from nlm.statistics.store import read_layers
+    from nlm.weight_norms import WEIGHT_NORMS
 
 __version__ = "0.1.0"
-__all__ = ["NORMS", "SCHEMES", "SCORES", "build_model", "load_checkpoint", "load_config", "read_layers"]
+__all__ = [
+    "NORMS",
+    "SCHEMES",
+    "SCORES",
+    "WEIGHT_NORMS",
+    "build_model",
+    "load_checkpoint",
+    "load_config",
+    "read_layers",
+]
 
 HOMES = {
     "NORMS": "nlm.norms",
     "SCHEMES": "nlm.schemes",
-    "SCORES": "nlm.attention",
+    "SCORES": "nlm.scores",
+    "WEIGHT_NORMS": "nlm.weight_norms",
     "build_model": "nlm.build",
     "load_checkpoint": "nlm.checkpoint",
     "load_config": "nlm.build",

@@ -75,6 +75,7 @@ class Span:
 
 
 SLOTS: dict[str, tuple[Axis, ...]] = {
+    "token": ("dim",),  # [B S D] embedded tokens, before positions are added
     "embed": ("dim",),  # [B S D] what enters the first block
     "q": ("head", "head_dim"),  # [B S H Dh] after positions, before the score
     "k": ("kv_head", "head_dim"),  # [B S Hkv Dh] likewise
@@ -88,27 +89,43 @@ SLOTS: dict[str, tuple[Axis, ...]] = {
 """The fixed places where a scheme may put a module, with the logical axes that end the tensor there."""
 
 
+Kind = Literal["attn", "cross", "ffn"]
+"""Of a sublayer."""
+
+
 @dataclass(frozen=True)
 class Site:
-    """Where: one sublayer of one layer, or (`kind="stack"`, `layer=0`) the ends of the whole stack."""
+    """Where: one sublayer of one layer, or (`kind="stack"`, `layer=0`) the ends of the whole stack.
+
+    `place` tells a layer's sublayers apart, 0 or 1 in the order in which they come.
+    """
 
     layer: int  # 0-based
     n_layers: int
-    kind: Literal["attn", "cross", "ffn", "stack"]
+    kind: Kind | Literal["stack"]
     dim: int
+    place: int = 0
+    activation: str = "gelu"  # of the model's feed-forward sublayers
     stack: Literal["decoder", "encoder"] = "decoder"
+
+    @property
+    def before(self) -> int:
+        """How many sublayers come before it."""
+        return 2 * self.layer + self.place
 
 
 @dataclass(frozen=True)
 class Weight:
     """A parameter as the rules see it. `site` is None outside the blocks.
 
-    `shape` is that of the whole parameter, [out, in] for matrices, whatever part of it a rank holds.
+    `shape` is that of the whole parameter, [out, in] for matrices, whatever part of it a rank holds; `n_layers` are
+    those of the model, for the weights outside too.
     """
 
     role: Role
     shape: tuple[int, ...]
     site: Site | None
+    n_layers: int
 
 
 @dataclass(frozen=True)

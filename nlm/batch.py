@@ -11,10 +11,14 @@ from nlm.anatomy import IGNORED
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens [B S+1]; with a document mask also [B S+1], the document of its row that each is in, counted up from 0."""
+    """Tokens [B S+1]; with a document mask also [B S+1], the document of its row that each is in, counted up from 0.
+
+    `keys` [B] are the rows' own random numbers, for what is to be random in training.
+    """
 
     tokens: Tensor
     documents: Tensor | None = None
+    keys: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -37,6 +41,10 @@ class Batch:
         """[B S]: the document of each input."""
         return None if self.documents is None else self.documents[:, :-1]
 
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What a model takes to give its loss."""
+        return self.inputs, self.targets, self.segments, self.keys
+
     def n_targets(self) -> Tensor:
         """[]: how many targets there are to learn from, in float64, which holds their inverse well."""
         return (self.targets != IGNORED).sum(dtype=torch.float64)
@@ -51,10 +59,10 @@ class Batch:
 
     def chunk(self, parts: int) -> list[Self]:
         """The rows in `parts` equal parts."""
-        tokens = self.tokens.chunk(parts)
-        documents = [None] * len(tokens) if self.documents is None else self.documents.chunk(parts)
-        return [type(self)(*pair) for pair in zip(tokens, documents, strict=True)]
+        tensors = (self.tokens, self.documents, self.keys)
+        chunks = [[None] * parts if tensor is None else tensor.chunk(parts) for tensor in tensors]
+        return [type(self)(*part) for part in zip(*chunks, strict=True)]  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> Self:
-        documents = None if self.documents is None else self.documents.to(device, non_blocking=True)
-        return type(self)(self.tokens.to(device, non_blocking=True), documents)
+        tensors = (self.tokens, self.documents, self.keys)
+        return type(self)(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """From config to objects: the one place where schemes, norms and scores are looked up by name."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,18 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, ValidationError, create_model
 
-from nlm.attention import SCORES
-from nlm.config import AttentionChoice, Config, ConfigError, Table, describe, nearest, read_table
+from nlm.anatomy import Kind, Role, Site, Weight
+from nlm.config import (
+    AttentionChoice,
+    Config,
+    ConfigError,
+    ModelConfig,
+    Table,
+    WeightNormChoice,
+    describe,
+    nearest,
+    read_table,
+)
 from nlm.init import init
 from nlm.layout import layout_problems
 from nlm.mesh import Mesh
@@ -23,6 +33,9 @@ from nlm.parallel.recompute import recompute_blocks
 from nlm.parallel.shard import shard
 from nlm.parallel.tensor import TensorParallel
 from nlm.schemes import SCHEMES
+from nlm.schemes.base import Learned, Slot, Slots, scaled
+from nlm.scores import SCORES
+from nlm.weight_norms import WEIGHT_NORMS, MakeWeightNorm
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -44,6 +57,8 @@ def parse_config(table: Table) -> Config:
         problems += error.problems
     model = table.get("model")
     problems += _bad_choices(model) if isinstance(model, dict) else []
+    if config is not None and not problems:
+        problems += _overruled(config.model)
     if problems or config is None:
         raise ConfigError(problems)
     return config
@@ -59,9 +74,22 @@ def design(config: Config, tp: TensorParallel | None = None, part: Part | None =
     model = config.model
     scheme = SCHEMES[model.scheme.name](**model.scheme.fields)
     score = partial(SCORES[model.attention.score], **model.attention.fields)
-    norm = partial(NORMS[model.norm], eps=model.norm_eps, bias=model.bias)
+    norm = partial(NORMS[model.norm.name], **model.norm.fields)
+    slots = token_scale if NORMS[model.norm.name].token_scale else None
     with torch.device("meta"):
-        return Transformer(model, config.train.seq_len, scheme, norm, score, tp, part)
+        return Transformer(
+            model, config.train.seq_len, scheme, norm, score, _weight_norms(model.weight_norm), slots, tp, part
+        )
+
+
+def token_scale(site: Site) -> Slots:
+    return {"token": Slot(scaled, scale=Learned((), site.dim**0.5))} if site.kind == "stack" else {}
+
+
+def _weight_norms(choice: WeightNormChoice | None) -> dict[Role, MakeWeightNorm]:
+    if choice is None:
+        return {}
+    return {Role(role): partial(WEIGHT_NORMS[choice.name], **choice.fields) for role in choice.roles}
 
 
 def build_engine(config: Config, mesh: Mesh) -> Engine:
@@ -88,6 +116,7 @@ def prepare(model: Transformer, config: Config, mesh: Mesh) -> Transformer:
         model.double()
     shard(model, config.parallel, mesh)
     init(model.to_empty(device=mesh.device), config.train.seed)
+    model.cross_entropy.sparse_k = config.train.sparse_softmax_k
     if config.parallel.recompute == "block":
         recompute_blocks(model)
     if config.parallel.compile:
@@ -96,16 +125,34 @@ def prepare(model: Transformer, config: Config, mesh: Mesh) -> Transformer:
 
 
 def _bad_choices(model: Mapping[str, Any]) -> Iterable[str]:
-    norm = model.get("norm")
-    if isinstance(norm, str) and norm not in NORMS:
-        yield f"model.norm: no norm is called {norm!r}; {nearest(norm, NORMS)}"
-    yield from _bad_choice("model.scheme", "name", model.get("scheme"), SCHEMES)
-    attention = model.get("attention", {})
-    if isinstance(attention, dict):
-        yield from _bad_choice("model.attention", "score", {"score": AttentionChoice().score} | attention, SCORES)
+    yield from _bad_choice("model.scheme", model.get("scheme"), SCHEMES)
+    yield from _bad_choice("model.norm", model.get("norm"), NORMS)
+    yield from _bad_choice(
+        "model.attention", {"score": AttentionChoice().score} | model.get("attention", {}), SCORES, "score"
+    )
+    yield from _bad_choice("model.weight_norm", model.get("weight_norm"), WEIGHT_NORMS, also=("roles",))
 
 
-def _bad_choice(key: str, selector: str, table: Any, choices: Mapping[str, type]) -> Iterable[str]:
+def _overruled(model: ModelConfig) -> Iterable[str]:
+    """Weight norms that would do nothing, or of what has no direction."""
+    scheme = SCHEMES[model.scheme.name](**model.scheme.fields)
+    for role in model.weight_norm.roles if model.weight_norm else []:
+        kind: Kind = "ffn" if role in {"gate", "up", "down"} else "attn"
+        site = None if role in {"embed", "head"} else Site(0, model.n_layers, kind, model.dim)
+        weight = Weight(Role(role), (model.dim, model.dim), site, model.n_layers)
+        if role == "head" and model.tied:
+            yield "model.weight_norm.roles: a tied model has no head; its table is 'embed'"
+        elif scheme.weight_norm(weight):
+            yield f"model.weight_norm.roles: the scheme has its own norm of {role!r}; leave it out"
+        elif scheme.std(weight) == 0:
+            yield f"model.weight_norm.roles: in this scheme {role!r} starts at 0, which has no direction; leave it out"
+
+
+def _bad_choice(
+    key: str, table: Any, choices: Mapping[str, type], selector: str = "name", also: Collection[str] = ()
+) -> Iterable[str]:
+    """Problems of a choice by name: of the name, and of the fields but those that are `also` in the table."""
+    table = {selector: table} if isinstance(table, str) else table
     if not isinstance(table, Mapping) or not isinstance(name := table.get(selector), str):
         return  # missing or of the wrong type: reported with the config's own problems
     if name not in choices:
@@ -117,6 +164,6 @@ def _bad_choice(key: str, selector: str, table: Any, choices: Mapping[str, type]
     }
     Fields = create_model(name, __config__=ConfigDict(extra="forbid", strict=True), **fields)
     try:
-        Fields.model_validate({k: v for k, v in table.items() if k != selector})
+        Fields.model_validate({k: v for k, v in table.items() if k != selector and k not in also})
     except ValidationError as error:
         yield from describe(error.errors(), prefix=f"{key}.")

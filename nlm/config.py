@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeGuard
 import tomli_w
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -51,7 +52,7 @@ class Choice(Section):
         return self.model_extra or {}
 
 
-class SchemeChoice(Choice):
+class NamedChoice(Choice):
     name: str
 
 
@@ -59,10 +60,28 @@ class AttentionChoice(Choice):
     score: str = "softmax"
 
 
+class WeightNormChoice(NamedChoice):
+    """`roles`: of the matrices that have it."""
+
+    roles: list[Literal["embed", "q", "k", "v", "o", "gate", "up", "down", "head"]] = Field(
+        default=["q", "k", "v", "o", "gate", "up", "down"], min_length=1
+    )
+
+
+def _named(value: Any) -> Any:
+    """A name alone is a choice that leaves its fields as they are."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 class ModelConfig(Section):
     """Left out, `n_kv_heads` is n_heads, `head_dim` dim / n_heads, and `ffn_dim` 4 · dim, or 8/3 · dim rounded
     up to a multiple of 8 for the gated activations, which have a third matrix. `bias` is for linear layers and
-    for the norms that have one."""
+    for the norms that have one. `norm` is a name, or a table of a name and the norm's own fields; `weight_norm`
+    likewise, with the roles of the matrices that have it.
+
+    `stochastic_depth` is the share of the samples for which the last layer drops each sublayer in training; that of the
+    others grows to it evenly from 0 at the first. `logits_cap` bounds the logits by cap · tanh(logits / cap).
+    """
 
     vocab_size: PositiveInt
     dim: PositiveInt
@@ -74,13 +93,16 @@ class ModelConfig(Section):
     activation: Literal["gelu", "relu", "relu2", "silu", "swiglu", "geglu"] = "gelu"
     bias: bool = False
     tied: bool = False
-    norm: str = "layernorm"
+    norm: Annotated[NamedChoice, BeforeValidator(_named)] = NamedChoice(name="layernorm")
     norm_eps: PositiveFloat = 1e-5
     position: Literal["rope", "rope_interleaved", "learned", "sinusoidal", "none"] = "rope"
     rope_base: PositiveFloat = 10_000.0
     architecture: Literal["decoder"] = "decoder"
-    scheme: SchemeChoice
+    scheme: NamedChoice
     attention: AttentionChoice = AttentionChoice()
+    weight_norm: Annotated[WeightNormChoice, BeforeValidator(_named)] | None = None
+    stochastic_depth: float = Field(default=0.0, ge=0, lt=1)
+    logits_cap: PositiveFloat | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -108,6 +130,9 @@ class TrainConfig(Section):
 
     `precision`: "bf16" takes products in bfloat16 over float32 weights; "fp64" is for proofs. A run ends early, with a
     checkpoint from which it goes on, after the step `stop_after`, and when it has taken `max_minutes`.
+
+    `sparse_softmax_k`: the training loss is that of a softmax over the k largest logits only. It is lower than the true
+    one, by which validation goes.
     """
 
     steps: PositiveInt
@@ -117,6 +142,7 @@ class TrainConfig(Section):
     seq_len: int = Field(ge=2)
     seed: NonNegativeInt = 0
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    sparse_softmax_k: PositiveInt | None = None
 
 
 class OptimConfig(Section):

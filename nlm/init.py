@@ -13,21 +13,28 @@ from nlm.model import Transformer, held
 def init(model: Transformer, seed: int) -> Transformer:
     """Fills what this rank holds of every parameter and buffer, in the scheme's way, projected where it projects.
 
-    Tensors that start at a constant or a table come from their module's `initial`; every other one is a matrix
-    and is drawn whole from N(0, scheme.std²).
+    Tensors that start at a constant or a table come from their module's `initial`, those of a weight norm perhaps from
+    the matrix that it belongs to; every other one is a matrix and is drawn whole from N(0, scheme.std²).
     """
     parameters = {h.name: h for h in held(model)}
+
+    def drawn(name: str) -> Tensor:
+        return _drawn(name, parameters[name].weight, model, seed)
+
     for prefix, module in model.named_modules():
         initial = getattr(module, "initial", {})
         for name, buffer in module.named_buffers(recurse=False):
             value = initial[name]
-            buffer.copy_(value() if callable(value) else torch.tensor(value))
+            buffer.copy_(value() if callable(value) else torch.tensor(value, dtype=torch.float64))
         for name, _ in module.named_parameters(recurse=False):
             h = parameters[f"{prefix}.{name}" if prefix else name]
-            if name in initial:
-                h.tensor.fill_(initial[name])
+            value = initial.get(name)
+            if value is None:
+                h.tensor.copy_(h.part_of(drawn(h.name)))
+            elif callable(value):
+                h.tensor.copy_(h.part_of(value(drawn(f"{prefix.rpartition('.')[0]}.weight"))))
             else:
-                h.tensor.copy_(h.part_of(_drawn(h.name, h.weight, model, seed)))
+                h.tensor.fill_(value)
     return model
 
 

@@ -3,59 +3,73 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nlm.anatomy import SLOTS, WRITES, Axis, Role, Site, Span, Weight
-from nlm.attention import Heads, Rotary, Softmax, document_mask, rotate, sinusoidal
+from nlm.activations import ACTIVATIONS
+from nlm.anatomy import SLOTS, WRITES, Axis, Kind, Role, Site, Span, Weight
 from nlm.config import ModelConfig
+from nlm.norms import NormSite
 from nlm.parallel.tensor import TensorParallel
+from nlm.positions import Rotary, rotate, sinusoidal
 from nlm.runtime import autocast
-from nlm.schemes.base import Norm, Scheme, Slot
+from nlm.schemes.base import Norm, Scheme, Slot, Slots
 from nlm.schemes.module import MakeNorm, ResidualModule, SlotModule, flat, l2_norm
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "silu": F.silu,
-    "swiglu": F.silu,
-    "geglu": F.gelu,
-}
+from nlm.scores import Heads, Score, document_mask
+from nlm.weight_norms import MakeWeightNorm, WeightNorm
 
 
 @dataclass(frozen=True)
 class Design:
-    """What a config chose by name, and this rank's part of each logical axis, ready to build with."""
+    """What a config chose by name, and this rank's part of each logical axis, ready to build with.
 
+    `slots` are those that the norm layers ask for; where the scheme has something of its own, that counts.
+    `weight_norms` are what the config has for roles, where the scheme has nothing.
+    """
+
+    config: ModelConfig
     scheme: Scheme
     norm: MakeNorm
-    score: Callable[[], Softmax]
+    score: Callable[[], Score]
+    weight_norms: Mapping[Role, MakeWeightNorm]
+    slots: Callable[[Site], Slots] | None
     spans: dict[Axis, Span]
     tp: TensorParallel
 
-    def residual(self, site: Site) -> ResidualModule:
-        module = ResidualModule(self.scheme.residual(site), self.spans, ("dim",), self.norm)
-        module.site = site
-        return module
+    def site(self, layer: int, kind: Kind | Literal["stack"], place: int = 0) -> Site:
+        return Site(layer, self.config.n_layers, kind, self.config.dim, place, self.config.activation)
+
+    def residual(self, site: Site, first: ResidualModule | None = None) -> ResidualModule:
+        drop = self.config.stochastic_depth
+        share = drop * site.layer / max(1, site.n_layers - 1) if drop else None
+        return ResidualModule(self.scheme.residual(site), site, self.spans, self.norm, first, share)
 
     def slot(self, site: Site, name: str) -> nn.Module:
         """What the scheme puts into a slot; a slot left empty passes its tensor on."""
-        match self.scheme.slots(site).get(name):
+        slots = {**(self.slots(site) if self.slots else {}), **self.scheme.slots(site)}
+        match slots.get(name):
             case Norm():
-                return self.norm(flat(SLOTS[name], self.spans))
+                return self.norm(flat(SLOTS[name], self.spans), site)
             case Slot() as slot:
-                return SlotModule(slot, self.spans, SLOTS[name], self.norm)
+                return SlotModule(slot, site, self.spans, SLOTS[name], self.norm)
         return nn.Identity()
 
-    def slots(self, site: Site, *names: str) -> nn.ModuleDict:
+    def slot_dict(self, site: Site, *names: str) -> nn.ModuleDict:
         return nn.ModuleDict({name: self.slot(site, name) for name in names})
 
-    def linear(self, role: Role, inputs: Span, outputs: Span, bias: bool) -> "Linear":
-        return (Writer if role in WRITES else Linear)(role, inputs, outputs, bias, self.tp)
+    def linear(self, role: Role, inputs: Span, outputs: Span, bias: bool, site: Site | None = None) -> "Linear":
+        linear = (Writer if role in WRITES else Linear)(role, inputs, outputs, bias, self.tp)
+        linear.weight_norm = self.normalizer(role, outputs, inputs, site)
+        return linear
+
+    def normalizer(self, role: Role, outputs: Span, inputs: Span, site: Site | None) -> WeightNorm | None:
+        weight = Weight(role, (outputs.full, inputs.full), site, self.config.n_layers)
+        make = self.scheme.weight_norm(weight) or self.weight_norms.get(role)
+        return make and make(outputs, inputs, self.tp)
 
 
 class Linear(nn.Linear):
@@ -67,13 +81,19 @@ class Linear(nn.Linear):
         self.initial = {"bias": 0.0}
         super().__init__(len(inputs), len(outputs), bias)
         self.tp = tp
+        self.weight_norm: nn.Module | None = None
         self.multiply: Callable[..., Tensor] = F.linear
 
     def reset_parameters(self) -> None:
         pass
 
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.weight_norm is not None:
+            return F.linear(x, self.weight_norm(self.weight).to(x.dtype), bias)
+        return self.multiply(x, self.weight, bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.weight, self.bias)
+        return self.product(x, self.bias)
 
 
 class Writer(Linear):
@@ -84,7 +104,7 @@ class Writer(Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.tp.size == 1:
             return super().forward(x)
-        y = self.tp.leave(self.multiply(x, self.weight, None))
+        y = self.tp.leave(self.product(x, None))
         return y if self.bias is None else y + self.bias
 
 
@@ -98,12 +118,17 @@ class Embedding(nn.Module):
         self.indices, self.tp = indices, tp
         self.spans = {"weight": (indices, dim)}
         self.weight = nn.Parameter(torch.empty(len(indices), len(dim)))
+        self.weight_norm: nn.Module | None = None
+
+    def table(self) -> Tensor:
+        """[V/n D]."""
+        return self.weight if self.weight_norm is None else self.weight_norm(self.weight)
 
     def forward(self, indices: Tensor) -> Tensor:
         if self.indices.is_whole:
-            return F.embedding(indices, self.weight)
+            return F.embedding(indices, self.table())
         others = (indices < self.indices.start) | (indices >= self.indices.stop)
-        rows = F.embedding((indices - self.indices.start).masked_fill(others, 0), self.weight)
+        rows = F.embedding((indices - self.indices.start).masked_fill(others, 0), self.table())
         return self.tp.leave(rows.masked_fill(others[..., None], 0.0))
 
 
@@ -131,20 +156,21 @@ class Attention(nn.Module):
         self.head_dim, self.interleaved = config.head_dim, config.position == "rope_interleaved"
         dim = design.spans["dim"]
         heads, kv_heads = (design.spans[axis] * config.head_dim for axis in ("head", "kv_head"))
-        self.wq = design.linear(Role.Q, dim, heads, config.bias)
-        self.wk = design.linear(Role.K, dim, kv_heads, config.bias)
-        self.wv = design.linear(Role.V, dim, kv_heads, config.bias)
-        self.wo = design.linear(Role.O, heads, dim, config.bias)
+        self.wq = design.linear(Role.Q, dim, heads, config.bias, site)
+        self.wk = design.linear(Role.K, dim, kv_heads, config.bias, site)
+        self.wv = design.linear(Role.V, dim, kv_heads, config.bias, site)
+        self.wo = design.linear(Role.O, heads, dim, config.bias, site)
         self.score = design.score()
-        self.slots = design.slots(site, "q", "k", "heads")
+        self.slots = design.slot_dict(site, "q", "k", "heads")
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
         x = self.tp.enter(x)
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B S H Dh]
-        q, k = self.score.normalize(q, k)
-        if rotary is not None:
-            q, k = rotate(q, *rotary, self.interleaved), rotate(k, *rotary, self.interleaved)
-        out = self.score(self.slots["q"](q), self.slots["k"](k), v, mask)
+
+        def place(slot: nn.Module, x: Tensor) -> Tensor:
+            return slot(x if rotary is None else rotate(x, *rotary, self.interleaved))  # type: ignore[no-any-return]
+
+        out = self.score(q, k, v, mask, partial(place, self.slots["q"]), partial(place, self.slots["k"]))
         return self.wo(self.slots["heads"](out.flatten(2)))  # [B S H Dh] -> [B S H·Dh]
 
 
@@ -161,10 +187,10 @@ class FeedForward(nn.Module):
         self.site, self.tp = site, design.tp
         self.activation = ACTIVATIONS[config.activation]
         dim, hidden = design.spans["dim"], design.spans["hidden"]
-        self.w_gate = design.linear(Role.GATE, dim, hidden, config.bias) if config.gated else None
-        self.w_up = design.linear(Role.UP, dim, hidden, config.bias)
-        self.w_down = design.linear(Role.DOWN, hidden, dim, config.bias)
-        self.slots = design.slots(site, *(["gate"] if config.gated else []), "up", "hidden")
+        self.w_gate = design.linear(Role.GATE, dim, hidden, config.bias, site) if config.gated else None
+        self.w_up = design.linear(Role.UP, dim, hidden, config.bias, site)
+        self.w_down = design.linear(Role.DOWN, hidden, dim, config.bias, site)
+        self.slots = design.slot_dict(site, *(["gate"] if config.gated else []), "up", "hidden")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tp.enter(x)
@@ -177,38 +203,56 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: an attention and an FFN sublayer, each joined to the stream by the scheme's equation."""
+    """One layer: two sublayers, as a rule attention and FFN, each joined to the stream by the scheme's equation.
+
+    A sublayer bears the name of its kind, a second one of the same kind `ffn_2`.
+    """
 
     def __init__(self, config: ModelConfig, design: Design, layer: int) -> None:
         super().__init__()
-        attn = Site(layer, config.n_layers, "attn", config.dim)
-        ffn = Site(layer, config.n_layers, "ffn", config.dim)
-        self.attn_residual = design.residual(attn)
-        self.attn = Attention(config, design, attn)
-        self.ffn_residual = design.residual(ffn)
-        self.ffn = FeedForward(config, design, ffn)
+        self.names: list[str] = []
+        first: ResidualModule | None = None
+        for place, kind in enumerate(design.scheme.sublayers(layer)):
+            site = design.site(layer, kind, place)
+            residual = design.residual(site, first)
+            name = f"{kind}_2" if kind in self.names else kind
+            self.names.append(name)
+            self.add_module(f"{name}_residual", residual)
+            self.add_module(name, (Attention if kind == "attn" else FeedForward)(config, design, site))
+            first = first or residual
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, record: bool
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        keys: Tensor | None,
+        record: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """x [B S D] -> x [B S D] and, to record, norms [4]: of the branch and of the stream out of each sublayer."""
         norms: list[Tensor] | None = [] if record else None
-        x = self.attn_residual(x, partial(self.attn, rotary=rotary, mask=mask), norms)
-        x = self.ffn_residual(x, self.ffn, norms)
+        for name in self.names:
+            sublayer = getattr(self, name)
+            branch = partial(sublayer, rotary=rotary, mask=mask) if isinstance(sublayer, Attention) else sublayer
+            x = getattr(self, f"{name}_residual")(x, branch, norms, keys)
         return x, None if norms is None else torch.stack(norms)
 
 
 class CrossEntropy(nn.Module):
     """logits [B S V/n], targets [B S] -> []: -ln softmax(logits)[target], in float32, summed over all targets
-    that are not IGNORED."""
+    that are not IGNORED. With a `sparse_k`, the softmax is in training over so many of the largest logits only."""
 
     def __init__(self, vocab: Span, tp: TensorParallel) -> None:
         super().__init__()
         self.vocab, self.tp = vocab, tp
+        self.sparse_k: int | None = None
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return self.tp.cross_entropy(precise.flatten(0, 1), targets.flatten(), self.vocab)
+        rows, targets = precise.flatten(0, 1), targets.flatten()
+        if self.training and self.sparse_k is not None:
+            return self.tp.sparse_cross_entropy(rows, targets, self.vocab, self.sparse_k)
+        return self.tp.cross_entropy(rows, targets, self.vocab)
 
 
 @dataclass(frozen=True)
@@ -232,13 +276,15 @@ class Transformer(nn.Module):
         config: ModelConfig,
         seq_len: int,
         scheme: Scheme,
-        norm: Callable[[Span, TensorParallel], nn.Module],
-        score: Callable[[Heads], Softmax],
+        norm: Callable[[NormSite], nn.Module],
+        score: Callable[[Heads], Score],
+        weight_norms: Mapping[Role, MakeWeightNorm] | None = None,
+        slots: Callable[[Site], Slots] | None = None,
         tp: TensorParallel | None = None,
         part: Part | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.scheme = config, scheme
+        self.config, self.scheme, self.n_layers = config, scheme, config.n_layers
         self.part = part = part or Part(range(config.n_layers), first=True, last=True)
         self.tp = tp = tp or TensorParallel()
         sizes: dict[Axis, int] = {
@@ -251,12 +297,19 @@ class Transformer(nn.Module):
         }
         spans = {axis: tp.span(axis, size) for axis, size in sizes.items()}
         heads = Heads(spans["head"], spans["kv_head"], config.head_dim, seq_len, config.norm_eps, tp)
-        design = Design(scheme, lambda width: norm(width, tp), partial(score, heads), spans, tp)
-        ends = Site(0, config.n_layers, "stack", config.dim)
+
+        def norm_at(width: Span, site: Site) -> nn.Module:
+            return norm(NormSite(width, tp, config.norm_eps, config.bias, site))
+
+        design = Design(config, scheme, norm_at, partial(score, heads), weight_norms or {}, slots, spans, tp)
+        ends = design.site(0, "stack")
 
         # A tied table stands at both ends.
         embeds = part.first or (part.last and config.tied)
         self.embed = Embedding(spans["vocab"], spans["dim"], tp) if embeds else None
+        if self.embed is not None:
+            self.embed.weight_norm = design.normalizer(Role.EMBED, spans["vocab"], spans["dim"], None)
+        self.token = design.slot(ends, "token") if part.first else None
         self.position: Embedding | Sinusoidal | None = None
         self.rotary: Rotary | None = None
         match config.position:
@@ -281,18 +334,25 @@ class Transformer(nn.Module):
         self.signals: list[Tensor] | None = None
         self.precision = "fp32"
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        segments: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
         """tokens [B S] -> logits [B S V/n] or, with targets [B S], their summed cross-entropy [].
 
-        With `segments`, the document of each position [B S], none attends to another document.
+        With `segments`, the document of each position [B S], none attends to another document. With `keys` [B], random
+        numbers of the samples, samples skip sublayers (stochastic depth).
         A part without the first layers takes the stream [B S D] instead, one without the last gives the stream.
         `signals`, unless None, receives the RMS [L 2 3] of the stream in, the branch and the stream out of each
         sublayer.
         """
         with autocast(self.precision, x.device):
-            return self._forward(x, targets, segments)
+            return self._forward(x, targets, segments, keys)
 
-    def _forward(self, x: Tensor, targets: Tensor | None, segments: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, targets: Tensor | None, segments: Tensor | None, keys: Tensor | None) -> Tensor:
         seq_len = x.shape[1]
         if self.part.first:
             x = self._embedded(x)
@@ -303,7 +363,7 @@ class Transformer(nn.Module):
         record = self.signals is not None
         norms = [l2_norm(x)[None]] if record else []
         for block in self.blocks.values():
-            x, recorded = self.call_block(block, x, rotary, mask, record)
+            x, recorded = self.call_block(block, x, rotary, mask, keys, record)
             if recorded is not None:
                 norms.append(recorded)
         if self.signals is not None:
@@ -317,8 +377,8 @@ class Transformer(nn.Module):
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """[B S] -> [B S D]."""
-        assert self.embed is not None and self.stem is not None
-        x = self.embed(tokens)
+        assert self.embed is not None and self.token is not None and self.stem is not None
+        x = self.token(self.embed(tokens))
         if self.position is not None:
             here = self.tp.positions(tokens.shape[1])
             x = x + self.position(torch.arange(here.start, here.stop, device=tokens.device)).to(x.dtype)
@@ -330,8 +390,11 @@ class Transformer(nn.Module):
         x = self.tp.enter(self.final(x))
         if self.head is None:
             assert self.embed is not None
-            return self.logits(F.linear(x, self.embed.weight))  # type: ignore[no-any-return]
-        return self.logits(self.head(x))  # type: ignore[no-any-return]
+            logits = self.logits(F.linear(x, self.embed.table()))
+        else:
+            logits = self.logits(self.head(x))
+        cap = self.config.logits_cap
+        return logits if cap is None else cap * (logits / cap).tanh()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -365,13 +428,16 @@ class Held:
         return whole[self.slices]
 
 
-def held(module: nn.Module, prefix: str = "", site: Site | None = None, inside: bool = False) -> Iterator[Held]:
+def held(
+    module: nn.Module, prefix: str = "", site: Site | None = None, inside: bool = False, n_layers: int = 0
+) -> Iterator[Held]:
     """Every parameter exactly once, under its canonical name."""
     site, inside = getattr(module, "site", site), getattr(module, "inside", inside)
+    site, n_layers = None if site and site.kind == "stack" else site, getattr(module, "n_layers", n_layers)
     for name, parameter in module.named_parameters(recurse=False):
         roles: Mapping[str, Role] = module.roles  # type: ignore[assignment]
         spans: tuple[Span, ...] = module.spans[name]  # type: ignore[index, assignment]
-        weight = Weight(roles[name], tuple(span.full for span in spans), site)
+        weight = Weight(roles[name], tuple(span.full for span in spans), site, n_layers)
         divided = not all(span.is_whole for span in spans)
         tensor = parameter.detach()
         if isinstance(tensor, DTensor):
@@ -379,7 +445,7 @@ def held(module: nn.Module, prefix: str = "", site: Site | None = None, inside: 
             tensor = tensor.to_local()
         yield Held(prefix + name, parameter, tensor, weight, spans, divided, inside)
     for name, child in module.named_children():
-        yield from held(child, f"{prefix}{name}.", site, inside)
+        yield from held(child, f"{prefix}{name}.", site, inside, n_layers)
 
 
 def _shard(parameter: DTensor, rows: Span) -> Span:

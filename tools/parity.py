@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from entries import COMBINATIONS, MIXED
 from launched import free_port
 
-from nlm import NORMS, SCHEMES, SCORES
+from nlm import SCHEMES
 from nlm.build import parse_config
 from nlm.compare import differences
 from nlm.config import Config, ConfigError
@@ -122,12 +123,12 @@ class Row:
 
 SCHEME_ROWS = {name: Row(name, MODEL | {"scheme": {"name": name}}, tuple(LAYOUTS)) for name in SCHEMES}
 INSIDE = ("tp2", "tp2+sp", "fsdp2xtp2xpp2")
-NORM_ROWS = {
-    f"{norm}, {score}": Row(
-        f"{norm}, {score}", MODEL | {"scheme": {"name": "sub_ln"}, "norm": norm, "attention": {"score": score}}, INSIDE
-    )
-    for norm in NORMS
-    for score in SCORES
+INSIDE_ROWS = {
+    name: Row(name, MODEL | model, INSIDE) for name, model in COMBINATIONS.items() if name not in (*SCHEMES, *MIXED)
+}
+MIXED_ROWS = {
+    name: Row(name, MODEL | model | {"stochastic_depth": 0.2 * (i % 2)}, ("fsdp2xtp2xpp2", "zero1xtp2", "pp2-zbv"))
+    for i, (name, model) in enumerate(MIXED.items())
 }
 
 
@@ -177,8 +178,14 @@ DEEP_ROWS = {
     )
     for name, n_layers in (("200 layers", 200), ("1,000 layers", 1000))
 }
-GROUPS = {"schemes": SCHEME_ROWS, "norms": NORM_ROWS, "variants": VARIANT_ROWS, "deep": DEEP_ROWS}
-ROWS = SCHEME_ROWS | NORM_ROWS | VARIANT_ROWS | DEEP_ROWS
+GROUPS = {
+    "schemes": SCHEME_ROWS,
+    "inside": INSIDE_ROWS,
+    "mixed": MIXED_ROWS,
+    "variants": VARIANT_ROWS,
+    "deep": DEEP_ROWS,
+}
+ROWS = {name: row for rows in GROUPS.values() for name, row in rows.items()}
 
 
 def write_tokens(folder: Path) -> None:

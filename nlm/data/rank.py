@@ -1,6 +1,6 @@
 """A run's data as one rank sees it: its rows of each batch, as tensors, and the validation batches of all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from nlm.config import Config
 from nlm.data.corpus import Corpus
 from nlm.data.source import Rows, ShardSource
 from nlm.mesh import Mesh
+from nlm.random import mixed
 
 
 class RankData:
@@ -30,16 +31,16 @@ class RankData:
 
     def rows(self, batch: int) -> Batch:
         """This rank's rows of batch 1, 2, …"""
-        mesh = self.mesh
+        mesh, keys = self.mesh, self._keys(batch)
         if self.corpus.seeks or mesh.device_mesh is None:
-            return self._batch(*tensors(self.corpus.batch(batch, mesh.data_rank, mesh.data_size))).to(mesh.device)
+            return self._batch(tensors(self.corpus.batch(batch, mesh.data_rank, mesh.data_size)), keys).to(mesh.device)
         shape = (self.config.batch_rows, self.config.train.seq_len + 1)
         both = torch.empty(2, *shape, dtype=torch.int64)
         if mesh.speaks:
             both = torch.stack(tensors(self.corpus.batch(batch)))
         both = both.to(mesh.device)
         dist.broadcast(both, 0)
-        return self._batch(*both.chunk(mesh.data_size, dim=1)[mesh.data_rank])
+        return self._batch(both.chunk(mesh.data_size, dim=1)[mesh.data_rank], keys).to(mesh.device)
 
     def digest(self, rows: Batch) -> int:
         """Of this rank's rows and all others' -> 32 bits by which to see whether two batches are the same."""
@@ -56,12 +57,21 @@ class RankData:
             return None
         n_rows = min(source.n_rows, self.config.evaluate.batches * size)
         return (
-            self._batch(*tensors(source.in_order(np.arange(start, min(start + size, n_rows)))))
+            self._batch(tensors(source.in_order(np.arange(start, min(start + size, n_rows)))))
             for start in range(0, n_rows, size)
         )
 
-    def _batch(self, tokens: Tensor, starts: Tensor) -> Batch:
-        return Batch(tokens, starts.cumsum(1) if self.config.data.document_mask else None)
+    def _keys(self, batch: int) -> Tensor | None:
+        """[B], from the seed and the rows' numbers in the whole run, where something is random."""
+        if not self.config.model.stochastic_depth:
+            return None
+        n_rows = self.config.batch_rows // self.mesh.data_size
+        first = (batch * self.mesh.data_size + self.mesh.data_rank) * n_rows
+        return mixed(torch.arange(first, first + n_rows) + mixed(torch.tensor(self.config.train.seed)))
+
+    def _batch(self, both: Iterable[Tensor], keys: Tensor | None = None) -> Batch:
+        tokens, starts = both
+        return Batch(tokens, starts.cumsum(1) if self.config.data.document_mask else None, keys)
 
 
 def tensors(rows: Rows) -> tuple[Tensor, Tensor]:

@@ -82,14 +82,14 @@ class DeepSpeedEngine(Engine):
         losses = []
         for i, part in enumerate(rows.chunk(self.microbatches)):
             # By the engine, never by the model: ZeRO-3 knows from it that the next gradient is to be added.
-            loss = self.engine(part.inputs, part.targets, part.segments) * self.scale
+            loss = self.engine(*part.arguments()) * self.scale
             self.engine.set_gradient_accumulation_boundary(i + 1 == self.microbatches)
             self.engine.backward(loss, scale_wrt_gas=False)
             losses.append(loss.detach())
         return losses
 
     def forward(self, rows: Batch) -> Tensor:
-        return self.engine(rows.inputs, rows.targets, rows.segments)  # type: ignore[no-any-return]
+        return self.engine(*rows.arguments())  # type: ignore[no-any-return]
 
     def update(self, lr: float, left_out: Tensor | None = None) -> None:
         set_lr(self.zero, lr)

@@ -86,7 +86,11 @@ class Engine(ABC):
         divides = len(rows) % size == 0
         mine = rows.chunk(size)[self.mesh.data_rank] if divides else rows
         parts = mine.to(self.mesh.device).chunk(self.microbatches)
+        for model in self.models:
+            model.cross_entropy.training = False
         share = torch.stack([self.forward(part).double() for part in parts]).sum()
+        for model in self.models:
+            model.cross_entropy.training = True
         return self.total(share if divides else share / size)
 
     def total(self, share: Tensor) -> Tensor:
@@ -161,13 +165,13 @@ class WholeEngine(TorchEngine):
         losses = []
         for i, part in enumerate(rows.chunk(self.microbatches)):
             with self._communicate(last=i + 1 == self.microbatches):
-                loss = self.model(part.inputs, part.targets, part.segments) * self.scale
+                loss = self.model(*part.arguments()) * self.scale
                 loss.backward()
             losses.append(loss.detach())
         return losses
 
     def forward(self, rows: Batch) -> Tensor:
-        return self.models[0](rows.inputs, rows.targets, rows.segments)  # type: ignore[no-any-return]
+        return self.models[0](*rows.arguments())  # type: ignore[no-any-return]
 
     def _communicate(self, last: bool) -> AbstractContextManager[object]:
         """Gradients are reduced once a step, in the last microbatch's backward."""

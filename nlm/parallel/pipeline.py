@@ -109,7 +109,7 @@ class PipelineEngine(TorchEngine):
     def train(self, rows: Batch) -> list[Tensor]:
         last = self.n_stages - 1 in self.stages
         losses: list[Tensor] = []
-        given = {"targets": rows.targets if last else None, "segments": rows.segments}
+        given = {"targets": rows.targets if last else None, "segments": rows.segments, "keys": rows.keys}
         self.schedule.step(
             *([rows.inputs] if 0 in self.stages else []),
             target=rows.targets if last else None,
@@ -126,7 +126,7 @@ class PipelineEngine(TorchEngine):
             if before is not None and before != here:
                 x = self._pass_on(x, before, here, len(rows))
             if stage in self.stages:
-                x = self.stages[stage](x, rows.targets, rows.segments)
+                x = self.stages[stage](x, *rows.arguments()[1:])
         return x if self.n_stages - 1 in self.stages else torch.zeros((), device=self.mesh.device)
 
     def _pass_on(self, x: Tensor, source: int, target: int, rows: int) -> Tensor:

@@ -70,6 +70,23 @@ class TensorParallel:
             return F.cross_entropy(logits, targets, reduction="sum")
         return _CrossEntropy.apply(logits, targets, vocab.start, self._group)
 
+    def sparse_cross_entropy(self, logits: Tensor, targets: Tensor, vocab: Span, k: int) -> Tensor:
+        """As `cross_entropy`, with a softmax over the k largest logits: ln Σ exp(logits among them) - the target's.
+
+        Of a target that is not among them, too; never below 0 (Sun et al. 2021, Sparse-softmax, arXiv:2112.12433).
+        """
+        counted = targets != IGNORED
+        ours = counted & (targets >= vocab.start) & (targets < vocab.stop)
+        target = logits.gather(1, (targets - vocab.start).where(ours, 0)[:, None])[:, 0] * ours
+        largest = logits.topk(min(k, logits.shape[1]), dim=1).values
+        if self.size > 1:
+            target = _Leave.apply(target, self._group)
+            width = min(k, -(-vocab.full // self.size))  # the widest of the ranks' parts
+            mine = F.pad(largest, (0, width - largest.shape[1]), value=-torch.inf)
+            slots = [mine if rank == self.rank else torch.zeros_like(mine) for rank in range(self.size)]
+            largest = _Leave.apply(torch.cat(slots, 1), self._group).topk(min(k, vocab.full), dim=1).values
+        return (largest.logsumexp(1) - target).where(counted, 0).sum()
+
 
 def _reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
     y: Tensor = torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group)

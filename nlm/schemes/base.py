@@ -1,4 +1,4 @@
-"""What a normalization scheme is: one equation and at most five rules, and the parts it may use."""
+"""What a normalization scheme is: one equation and at most seven rules, and the parts it may use."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nlm.anatomy import MATRICES, READS, WRITES, Axis, Group, Role, Site, Weight
+from nlm.anatomy import MATRICES, READS, WRITES, Axis, Group, Kind, Role, Site, Weight
+from nlm.weight_norms import MakeWeightNorm
 
 Branch = Callable[[Tensor], Tensor]
 """A sublayer, [B S D] -> [B S D]."""
@@ -23,12 +24,14 @@ class Learned:
 
     `stored` is the number that the parameter itself starts at when it differs from `init`: the equation then
     sees parameter · init / stored, so that the relative step of an adaptive optimizer is lr / stored
-    (nGPT, Loshchilov et al. 2024, section 2.5).
+    (nGPT, Loshchilov et al. 2024, section 2.5). One that is `shared` is the same parameter in both sublayers of a
+    layer; it bears the name of the first.
     """
 
     axes: tuple[Axis, ...]
     init: float
     stored: float | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,15 @@ class Equation:
 
 
 class Residual(Equation):
-    """How the stream meets a branch: function(x [B S D], f: Branch, **parts) -> [B S D]."""
+    """How the stream meets a branch: function(x [B S D], f: Branch, **parts) -> [B S D].
+
+    `branch_end` names the part that makes what is added to the stream, where it is not f itself that does: a sample
+    for which a sublayer is dropped gets nothing from it (stochastic depth).
+    """
+
+    def __init__(self, function: Callable[..., Tensor], *, branch_end: str | None = None, **parts: Part) -> None:
+        super().__init__(function, **parts)
+        self.branch_end = branch_end
 
 
 class Slot(Equation):
@@ -68,6 +79,10 @@ Slots = Mapping[str, Slot | Norm]
 @dataclass(frozen=True, kw_only=True)
 class Scheme(ABC):
     """A normalization scheme. Fields are the paper's hyperparameters; the rules below are all there is to it."""
+
+    def sublayers(self, layer: int) -> tuple[Kind, Kind]:
+        """Which sublayers a layer has, in their order."""
+        return "attn", "ffn"
 
     @abstractmethod
     def residual(self, site: Site) -> Residual:
@@ -85,9 +100,18 @@ class Scheme(ABC):
         """Learning-rate and weight-decay multipliers; by default only matrices decay."""
         return Group(weight_decay=1.0 if weight.role in MATRICES else 0.0)
 
+    def weight_norm(self, weight: Weight) -> MakeWeightNorm | None:
+        """What the forward makes of a matrix before it is used; None for the matrix itself."""
+        return None
+
     def unit_axis(self, weight: Weight) -> int | None:
         """The axis along which the weight is projected to unit norm after each step; None for no projection."""
         return None
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """The equation of a slot that multiplies."""
+    return x * scale
 
 
 def xavier(weight: Weight, gain: float = 1.0) -> float:

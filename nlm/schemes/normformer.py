@@ -33,7 +33,7 @@ class NormFormer(Scheme):
 
     def residual(self, site: Site) -> Residual:
         if site.kind == "attn" and self.attn_norm:
-            return Residual(peri_ln, norm_in=Norm(), norm_out=Norm())
+            return Residual(peri_ln, branch_end="norm_out", norm_in=Norm(), norm_out=Norm())
         if site.kind == "ffn" and self.residual_scale:
             return Residual(scaled_skip, norm=Norm(), skip_scale=Learned(("dim",), init=1.0))
         return Residual(pre_ln, norm=Norm())

@@ -22,7 +22,7 @@ class PeriLN(Scheme):
     embed_norm: bool = True
 
     def residual(self, site: Site) -> Residual:
-        return Residual(peri_ln, norm_in=Norm(), norm_out=Norm())
+        return Residual(peri_ln, branch_end="norm_out", norm_in=Norm(), norm_out=Norm())
 
     def slots(self, site: Site) -> Slots:
         if site.kind != "stack":

@@ -2,18 +2,15 @@
 
 from collections.abc import Callable
 from math import log, log2
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from measures import SEQ_LEN, layer_gradients, loss, slope, update
 from torch import Tensor, nn
 
 from nlm import NORMS, SCORES, build_model
 from nlm.anatomy import MATRICES, Role, Site, Span
-from nlm.attention import Heads, QKNorm, Softmax
 from nlm.config import Config, OptimConfig
-from nlm.data import TokenShard
 from nlm.init import init
 from nlm.model import Transformer, weights
 from nlm.optim import adamw, projection
@@ -22,57 +19,10 @@ from nlm.parallel.tensor import TensorParallel
 from nlm.schemes.base import Scheme, Slots
 from nlm.schemes.peri_ln import PeriLN
 from nlm.schemes.pre_ln import PreLN
+from nlm.scores import Heads
+from nlm.scores.softmax import QKNorm, Softmax
 
 MakeConfig = Callable[..., Config]
-SEQ_LEN = 64
-
-
-@pytest.fixture
-def build(make_config: MakeConfig) -> Callable[..., Transformer]:
-    """The set-up in which depth was measured: D=64, 4 heads, GELU with F=4D, learned positions, byte vocabulary."""
-
-    def make(scheme: str, n_layers: int, **model: Any) -> Transformer:
-        table = {
-            "vocab_size": 257,
-            "dim": 64,
-            "ffn_dim": 256,
-            "position": "learned",
-            "n_layers": n_layers,
-            "scheme": {"name": scheme},
-        }
-        train = {"seq_len": SEQ_LEN, "batch_tokens": SEQ_LEN}
-        return build_model(make_config(table | model, train=train))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def text(shard: str) -> Tensor:
-    """[2 S+1] bytes of a play."""
-    return torch.from_numpy(np.asarray(TokenShard(shard).tokens[: 2 * (SEQ_LEN + 1)], np.int64)).view(2, -1)
-
-
-def loss(model: Transformer, rows: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
-
-
-def hidden(model: Transformer, rows: Tensor) -> Tensor:
-    """[B S D]: what the last block leaves on the stream."""
-    kept: list[Tensor] = []
-    hook = list(model.blocks.values())[-1].register_forward_hook(lambda _, __, out: kept.append(out[0]))
-    model(rows[:, :-1])
-    hook.remove()
-    return kept[0].detach()
-
-
-def layer_gradients(model: Transformer, rows: Tensor) -> np.ndarray:
-    """[L]: gradient norm of each layer's matrices."""
-    loss(model, rows).backward()
-    squares = np.zeros(model.config.n_layers)
-    for _, parameter, weight in weights(model):
-        if weight.site and weight.role in MATRICES:
-            squares[weight.site.layer] += float(parameter.grad.double().square().sum())
-    return np.sqrt(squares)
 
 
 # DeepNorm and Post-LN
@@ -98,18 +48,8 @@ def test_k2_first_update_over_depth(
     build: Callable[..., Transformer], text: Tensor, scheme: str, low: float, high: float
 ) -> None:
     """K2: how much one SGD step on the block matrices moves the output, as a power of depth."""
-    depths, updates = [8, 16, 32, 64, 128], []
-    for n_layers in depths:
-        model = build(scheme, n_layers).double()
-        before = hidden(model, text)
-        loss(model, text).backward()
-        with torch.no_grad():
-            for _, parameter, weight in weights(model):
-                if weight.site and weight.role in MATRICES:
-                    parameter -= 1e-7 * parameter.grad
-        updates.append(float((hidden(model, text) - before).norm() / before.norm()))
-    slope = np.polyfit(np.log(depths), np.log(updates), 1)[0]
-    assert low < slope < high
+    depths = [8, 16, 32, 64, 128]
+    assert low < slope(depths, [update(build(scheme, n_layers), text) for n_layers in depths]) < high
 
 
 def test_k3_gradients_are_level_over_depth(build: Callable[..., Transformer], text: Tensor) -> None:
@@ -164,13 +104,13 @@ def test_k6_attention_logits_have_unit_spread(
 ) -> None:
     """K6: std of sqrt(Dh) q·k is 1 in every head, where one norm over all heads together would give 1/H."""
     seen: list[tuple[Tensor, Tensor]] = []
-    forward = Softmax.forward
+    attend = Softmax.attend
 
     def record(self: Softmax, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         seen.append((q.detach(), k.detach()))
-        return forward(self, q, k, v, mask)
+        return attend(self, q, k, v, mask)
 
-    monkeypatch.setattr(Softmax, "forward", record)
+    monkeypatch.setattr(Softmax, "attend", record)
     build("ngpt", 4, n_heads=8, dim=256, position="rope")(text[:, :-1])
     spread = []
     for q, k in seen:
@@ -237,7 +177,7 @@ def test_k10_gradients_do_not_follow_the_activations(make_config: MakeConfig) ->
                 config.model,
                 12,
                 scheme,
-                lambda width, tp: NORMS["layernorm"](width, tp, 1e-5, False),
+                NORMS["layernorm"],
                 SCORES["softmax"],
             ),
             0,
@@ -310,7 +250,9 @@ def test_k13_logits_are_bounded_by_g() -> None:
     k = 1e4 * torch.randn(1, 5, 1, 8, generator=generator, dtype=torch.float64)
     k[:, 0], k[:, 1] = q[:, 4], -q[:, 4]
     nn.init.constant_(score.g, 3.0)
-    attended = score(q, k, torch.eye(5, dtype=torch.float64)[None, :, None])  # values that name their key: [1 5 1 5]
+    attended = score.attend(
+        q, k, torch.eye(5, dtype=torch.float64)[None, :, None]
+    )  # values that name their key: [1 5 1 5]
     logits = attended[0, 4, 0].log()
     assert float(logits[0] - logits[1]) == pytest.approx(6.0, abs=1e-9)
     assert float(logits.max() - logits.min()) <= 6.0 + 1e-9
@@ -334,7 +276,7 @@ def test_causal_uniform_attention_has_the_known_entropy() -> None:
     """K27: equal scores give the mean entropy ln(T!)/T over rows, 3.878 at T=128."""
     score = Softmax(Heads(Span.whole(1), Span.whole(1), head_dim=4, seq_len=128, norm_eps=1e-5, tp=TensorParallel()))
     q = torch.zeros(1, 128, 1, 4, dtype=torch.float64)
-    p = score(q, q, torch.eye(128, dtype=torch.float64)[None, :, None])[0, :, 0]
+    p = score.attend(q, q, torch.eye(128, dtype=torch.float64)[None, :, None])[0, :, 0]
     entropy = -(p * p.clamp_min(1e-300).log()).sum(-1).mean()
     assert float(entropy) == pytest.approx(sum(log(t) for t in range(1, 129)) / 128, abs=1e-9)
     assert float(entropy) == pytest.approx(3.878, abs=1e-3)

@@ -4,7 +4,8 @@ Nothing here is shared with nlm but the names of the parameters and the config. 
 papers: one position, one head, one equation at a time.
 """
 
-from math import erf, sqrt
+from functools import cache
+from math import erf, exp, log, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,29 +14,98 @@ from nlm.config import ModelConfig
 
 Array = NDArray[np.float64]
 
+BLOCK_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+BRAINFORMER = (("attn", "ffn"), ("ffn", "attn"), ("ffn", "ffn_2"), ("ffn", "ffn_2"))
+FINAL_NORM = {
+    *("pre_ln", "sub_ln", "peri_ln", "normformer", "sandwich_ln", "olmo2", "without_tears"),
+    *("layernorm_scaling", "layerscale", "branch_scaled", "norm_free", "brainformer"),
+}
+
+
+def mean_square(x: Array) -> Array:
+    return (x**2).mean(-1, keepdims=True)
+
+
+def length(x: Array) -> Array:
+    return np.sqrt((x**2).sum(-1, keepdims=True))
+
+
+def unit(x: Array) -> Array:
+    """A vector of length 0, which has no direction, stays."""
+    return x / np.maximum(length(x), 1e-12)
+
+
+def relu(x: Array) -> Array:
+    return np.maximum(x, 0)
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(scores: Array) -> Array:
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
 ACTIVATIONS = {
     "gelu": lambda x: x * 0.5 * (1 + np.vectorize(erf)(x / sqrt(2))),
-    "relu": lambda x: np.maximum(x, 0),
-    "relu2": lambda x: np.maximum(x, 0) ** 2,
-    "silu": lambda x: x / (1 + np.exp(-x)),
+    "relu": relu,
+    "relu2": lambda x: relu(x) ** 2,
+    "silu": lambda x: x * sigmoid(x),
 }
 ACTIVATIONS |= {"swiglu": ACTIVATIONS["silu"], "geglu": ACTIVATIONS["gelu"]}
 
 
-def unit(x: Array) -> Array:
-    return x / np.sqrt((x**2).sum(-1, keepdims=True))
+@cache
+def spread(activation: str, gated: bool) -> float:
+    """The standard deviation of act(z), z ~ N(0, 1), or of act(z) · u with an independent u ~ N(0, 1)."""
+    z = np.linspace(-10, 10, 100_001)
+    density, y = np.exp(-(z**2) / 2), ACTIVATIONS[activation](z)
+    mean = 0.0 if gated else np.average(y, weights=density)
+    return sqrt(np.average(y**2, weights=density) - mean**2)
 
 
 class Transcription:
-    def __init__(self, parameters: dict[str, Array], model: ModelConfig) -> None:
-        self.p, self.model, self.scheme = parameters, model, model.scheme.name
+    """`seq_len` is that of the training, which some equations know."""
+
+    def __init__(self, parameters: dict[str, Array], model: ModelConfig, *, seq_len: int) -> None:
+        self.p, self.model, self.scheme, self.seq_len = parameters, model, model.scheme.name, seq_len
+        self.weight_norm = getattr(model, "weight_norm", None)
+        assert self.scheme != "nf" or self.weight_norm is None, "no transcription of nf with a weight norm: write one"
 
     def logits(self, tokens: NDArray[np.int64]) -> Array:
         """tokens [B S] -> [B S V]."""
         return np.stack([self.sequence(row) for row in tokens])
 
     def sequence(self, tokens: NDArray[np.int64]) -> Array:
-        x = self.p["embed.weight"][tokens]  # [S D]
+        x = self.embedding(tokens)  # [S D]
+        if self.scheme == "peri_ln":
+            x = self.norm("stem", x)
+        for n, at in enumerate(self.sublayers()):
+            x = self.sublayer(n, at, x)
+        if self.scheme in FINAL_NORM:
+            x = self.norm("final", x)
+        if self.scheme == "nf":
+            x = x / self.predicted_std(2 * self.model.n_layers)
+        head = self.matrix("embed" if self.model.tied else "head")
+        if self.scheme == "without_tears":
+            head = unit(head)
+        logits = x @ head.T
+        if self.scheme == "ngpt":
+            logits = logits * self.p["logits.s"] * sqrt(self.model.dim)
+        if cap := getattr(self.model, "logits_cap", None):
+            logits = cap * np.tanh(logits / cap)
+        return logits
+
+    def embedding(self, tokens: NDArray[np.int64]) -> Array:
+        x = self.matrix("embed")[tokens]
+        if self.scheme == "without_tears":
+            x = sqrt(self.model.dim) * unit(x)
+        elif self.scheme == "t_fixup":
+            x = sqrt(self.model.dim) * x
+        elif self.model.norm.name in {"dyt", "eln", "dyisru"}:
+            x = self.p["token.scale"] * x
         positions = np.arange(len(tokens))
         if self.model.position == "learned":
             x = x + self.p["position.weight"][positions]
@@ -43,35 +113,66 @@ class Transcription:
             for i in range(0, self.model.dim, 2):
                 x[:, i] += np.sin(positions / 10000 ** (i / self.model.dim))
                 x[:, i + 1] += np.cos(positions / 10000 ** (i / self.model.dim))
-        if self.scheme == "peri_ln":
-            x = self.norm("stem", x)
-        for layer in range(self.model.n_layers):
-            for kind in ("attn", "ffn"):
-                x = self.sublayer(f"blocks.{layer}.{kind}", x)
-        if self.scheme in {"pre_ln", "sub_ln", "peri_ln", "normformer"}:
-            x = self.norm("final", x)
-        logits = x @ self.p["embed.weight" if self.model.tied else "head.weight"].T
-        if self.scheme == "ngpt":
-            logits = logits * self.p["logits.s"] * sqrt(self.model.dim)
-        return logits
+        return x
 
-    def sublayer(self, at: str, x: Array) -> Array:
-        f = self.attention if at.endswith("attn") else self.feed_forward
-        residual, n_layers = f"{at}_residual", self.model.n_layers
+    def sublayers(self) -> list[str]:
+        period = BRAINFORMER if self.scheme == "brainformer" else (("attn", "ffn"),)
+        layers = range(self.model.n_layers)
+        return [f"blocks.{layer}.{kind}" for layer in layers for kind in period[layer % len(period)]]
+
+    def sublayer(self, n: int, at: str, x: Array) -> Array:
+        """The sublayer `at`, with n before it."""
+        residual, l, L = f"{at}_residual", n // 2 + 1, self.model.n_layers
+
+        def f(h: Array) -> Array:
+            return self.attention(at, h) if at.endswith("attn") else self.feed_forward(at, h)
+
+        def norm(h: Array, name: str = "norm") -> Array:
+            return self.norm(f"{residual}.{name}", h)
+
+        def own(name: str) -> Array:
+            return self.p[f"{residual}.{name}"]
+
         match self.scheme, at.rpartition(".")[2]:
-            case ("pre_ln" | "sub_ln", _) | ("normformer", "ffn"):
-                return x + f(at, self.norm(f"{residual}.norm", x))
+            case ("pre_ln" | "sub_ln" | "without_tears" | "brainformer", _) | ("normformer", "ffn"):
+                return x + f(norm(x))
             case "post_ln", _:
-                return self.norm(f"{residual}.norm", x + f(at, x))
+                return norm(x + f(x))
             case "deepnorm", _:
-                return self.norm(f"{residual}.norm", (2 * n_layers) ** 0.25 * x + f(at, x))
-            case ("peri_ln", _) | ("normformer", "attn"):
-                return x + self.norm(f"{residual}.norm_out", f(at, self.norm(f"{residual}.norm_in", x)))
+                return norm((2 * L) ** 0.25 * x + f(x))
+            case ("peri_ln" | "sandwich_ln", _) | ("normformer", "attn"):
+                return x + norm(f(norm(x, "norm_in")), "norm_out")
+            case "olmo2", _:
+                return x + norm(f(x))
+            case "layernorm_scaling", _:
+                return x + f(norm(x) / sqrt(l))
+            case "layerscale", _:
+                return x + own("gamma") * f(norm(x))
+            case "branch_scaled", _:
+                return x + f(norm(x)) / sqrt(2 * L)
+            case "norm_free" | "t_fixup", _:
+                return x + f(x)
+            case "rezero", _:
+                return x + self.p[f"blocks.{l - 1}.attn_residual.alpha"] * f(x)
+            case "skipinit", _:
+                return x + own("alpha") * f(x)
+            case "fixup", _:
+                return x + own("scale") * f(x + own("shift"))
+            case "nf", _:
+                return x + self.nf_alpha * own("skip_gain") * f(x / self.predicted_std(n))
             case "ngpt", _:
-                alpha = np.abs(self.p[f"{residual}.alpha"] * min(0.05, 1 / n_layers) * sqrt(self.model.dim))
+                alpha = np.abs(own("alpha") * min(0.05, 1 / L) * sqrt(self.model.dim))
                 h = unit(x)
-                return unit(h + alpha * (unit(f(at, h)) - h))
+                return unit(h + alpha * (unit(f(h)) - h))
         raise AssertionError(f"no transcription of {self.scheme}: write one")
+
+    @property
+    def nf_alpha(self) -> float:
+        return self.model.scheme.fields.get("alpha", 0.2)
+
+    def predicted_std(self, n: int) -> float:
+        """Of nf's stream after n sublayers, each of which adds the variance α² to the 1 of the embedding."""
+        return sqrt(1 + self.nf_alpha**2 * n)
 
     def attention(self, at: str, x: Array) -> Array:
         n_heads, n_kv_heads, score = self.model.n_heads, self.model.n_kv_heads, self.model.attention.score
@@ -82,38 +183,109 @@ class Transcription:
         heads = []
         for h in range(n_heads):
             shared = h // (n_heads // n_kv_heads)
-            q, k, v = queries[h], keys[shared], values[shared]  # [S Dh]
-            if score == "rms_qknorm_head":
-                q, k = self.rms(f"{at}.score.q_norm", q), self.rms(f"{at}.score.k_norm", k)
-            q, k, scale = self.rope(q), self.rope(k), 1 / sqrt(self.model.head_dim)
-            if self.scheme == "ngpt":
-                s = self.p[f"{at}.slots.q.s_qk"][h] * sqrt(self.model.dim)
-                # On both sides in the paper; before a cosine, where that differs, it is all on the query.
-                q, k, scale = s * s * unit(q), unit(k), sqrt(self.model.head_dim)
-            if score == "qknorm":
-                q, k, scale = unit(q), unit(k), self.p[f"{at}.score.g"].item()
-            out = np.empty_like(v)
-            for t in range(len(x)):
-                weight = np.exp(scale * (k[: t + 1] @ q[t]))
-                out[t] = weight @ v[: t + 1] / weight.sum()
-            if self.scheme == "normformer":
-                out = out * self.p[f"{at}.slots.heads.scale"][h]
-            heads.append(out)
-        joined = np.concatenate(heads, -1)
+            heads.append(self.head(at, h, shared, queries[h], keys[shared], values[shared]))
+        z = np.concatenate(heads, -1)
+        if score == "rela":
+            z = self.rms(f"{at}.score.norm", z) * sigmoid(self.p[f"{at}.score.gate"] * z)
+        if self.scheme == "normformer":
+            z = z * np.repeat(self.p[f"{at}.slots.heads.scale"], self.model.head_dim)
         if self.scheme == "sub_ln":
-            joined = self.norm(f"{at}.slots.heads", joined)
-        return self.linear(f"{at}.wo", joined)
+            z = self.norm(f"{at}.slots.heads", z)
+        return self.linear(f"{at}.wo", z)
+
+    def head(self, at: str, h: int, shared: int, q: Array, k: Array, v: Array) -> Array:
+        """The head h, whose k and v are the `shared`-th, all [S Dh]."""
+        score, scale = self.model.attention.score, 1 / sqrt(self.model.head_dim)
+        match score:
+            case "rms_qknorm_head":
+                q, k = self.rms(f"{at}.score.q_norm", q), self.rms(f"{at}.score.k_norm", k)
+            case "fourier":
+                q, k = self.head_norm(f"{at}.score.q_norm", h, q), self.head_norm(f"{at}.score.k_norm", shared, k)
+            case "galerkin":
+                k, v = self.head_norm(f"{at}.score.k_norm", shared, k), self.head_norm(f"{at}.score.v_norm", shared, v)
+        if score == "nalaformer":
+            return self.nalaformer(at, h, q, k, v)
+        q, k = self.placed_query(at, h, q), self.placed_key(k)
+        match score:
+            case "qknorm":
+                q, k, scale = unit(q), unit(k), self.p[f"{at}.score.g"].item()
+            case "cosine":
+                q, k, scale = unit(q), unit(k), exp(min(self.p[f"{at}.score.log_scale"][h], log(100)))
+            case "galerkin":
+                scale = 1.0
+        out = np.empty_like(v)
+        for t in range(len(q)):
+            out[t] = self.weights(scale * (k[: t + 1] @ q[t])) @ v[: t + 1]
+        return out
+
+    def weights(self, s: Array) -> Array:
+        """What one query gives the values of the keys that it sees, by their scores."""
+        fields = self.model.attention.fields
+        match self.model.attention.score:
+            case "softmax" | "qknorm" | "rms_qknorm_full" | "rms_qknorm_head" | "cosine":
+                return softmax(s)
+            case "rela":
+                return relu(s)
+            case "sa_softmax" if fields.get("normalized", True):
+                low, high = min(s.min(), 0), max(s.max(), 0)
+                return softmax(s) * (s - low) / (high - low + 1e-10)
+            case "sa_softmax":
+                return softmax(s) * s
+            case "top_k":
+                largest = np.argsort(s)[-fields.get("k", 16) :]
+                weights = np.zeros_like(s)
+                weights[largest] = softmax(s[largest])
+                return weights
+            case "fourier" | "galerkin":  # (q kᵀ) v = q (kᵀ v)
+                return s / len(s)
+            case "softcap":
+                cap = fields.get("cap", 50.0)
+                return softmax(cap * np.tanh(s / cap))
+            case "sigmoid":
+                return sigmoid(s + fields.get("bias", -log(self.seq_len)))
+        raise AssertionError(f"no transcription of {self.model.attention.score}: write one")
+
+    def placed_query(self, at: str, h: int, q: Array) -> Array:
+        if self.scheme != "ngpt":
+            return self.rope(q)
+        s = self.p[f"{at}.slots.q.s_qk"][h] * sqrt(self.model.dim)
+        # On both sides in the paper, and times sqrt(Dh) in the end; here all is on the query, before other scores too.
+        return s * s * unit(self.rope(q)) * self.model.head_dim
+
+    def placed_key(self, k: Array) -> Array:
+        return unit(self.rope(k)) if self.scheme == "ngpt" else self.rope(k)
+
+    def nalaformer(self, at: str, h: int, q: Array, k: Array, v: Array) -> Array:
+        """Positive and negative parts are features of their own; positions turn them above the fraction bar only."""
+        power = 3 * (0.5 + np.tanh(length(q)))
+        features_q = [(relu(sign * q) / length(q)) ** power for sign in (1, -1)]
+        features_k = [relu(sign * k**3) for sign in (1, -1)]
+        turned_q = [self.placed_query(at, h, part) for part in features_q]
+        turned_k = [self.placed_key(part) for part in features_k]
+        out = np.empty_like(v)
+        for t in range(len(q)):
+            above = sum(keys[: t + 1] @ query[t] for query, keys in zip(turned_q, turned_k, strict=True))
+            below = sum(keys[: t + 1] @ query[t] for query, keys in zip(features_q, features_k, strict=True))
+            out[t] = above @ v[: t + 1] / (t + 1) / (below.mean() + 1e-6)
+        return out
 
     def feed_forward(self, at: str, x: Array) -> Array:
         act = ACTIVATIONS[self.model.activation]
         up = self.linear(f"{at}.w_up", x)
-        gate = self.linear(f"{at}.w_gate", x) if f"{at}.w_gate.weight" in self.p else None
+        gate = self.linear(f"{at}.w_gate", x) if self.model.gated else None
         if self.scheme == "ngpt":
             up = up * self.p[f"{at}.slots.up.s"] * sqrt(self.model.dim)
             gate = gate if gate is None else gate * self.p[f"{at}.slots.gate.s"] * sqrt(self.model.dim)
+        if self.scheme == "fixup":
+            up = up + self.p[f"{at}.slots.up.shift"]
+            gate = gate if gate is None else gate + self.p[f"{at}.slots.gate.shift"]
         hidden = act(up) if gate is None else act(gate) * up
         if self.scheme in {"sub_ln", "normformer"}:
             hidden = self.norm(f"{at}.slots.hidden", hidden)
+        if self.scheme == "fixup":
+            hidden = hidden + self.p[f"{at}.slots.hidden.shift"]
+        if self.scheme == "nf":
+            hidden = hidden / spread(self.model.activation, self.model.gated)
         return self.linear(f"{at}.w_down", hidden)
 
     def rope(self, x: Array) -> Array:
@@ -132,15 +304,67 @@ class Transcription:
         return y
 
     def linear(self, at: str, x: Array) -> Array:
-        return x @ self.p[f"{at}.weight"].T + self.p.get(f"{at}.bias", 0.0)
+        return x @ self.matrix(at).T + self.p.get(f"{at}.bias", 0.0)
+
+    def matrix(self, at: str) -> Array:
+        """[out in], as it enters the product: a row is what one output reads."""
+        w, gain = self.p[f"{at}.weight"], f"{at}.weight_norm.gain"
+        match self.weight_norm_of(at.rpartition(".")[2].removeprefix("w_").removeprefix("w")):
+            case None:
+                return w
+            case "weight_norm":
+                return self.p[gain][:, None] * unit(w)
+            case "spectral":
+                return self.p[gain] * w / np.linalg.svd(w, compute_uv=False)[0]
+            case "weight_standardization":
+                return (w - w.mean(-1, keepdims=True)) / (w.std(-1, keepdims=True, ddof=1) + 1e-5)
+            case "scaled_weight_standardization":
+                energy = w.var(-1, keepdims=True) * w.shape[1]
+                return self.p[gain][:, None] * (w - w.mean(-1, keepdims=True)) / np.sqrt(np.maximum(energy, 1e-4))
+            case "weight_conditioning":
+                return unit(w)
+            case unknown:
+                raise AssertionError(f"no transcription of {unknown}: write one")
+
+    def weight_norm_of(self, role: str) -> str | None:
+        if self.scheme == "nf":
+            return "scaled_weight_standardization" if role in BLOCK_MATRICES else None
+        if self.weight_norm is None:
+            return None
+        roles = BLOCK_MATRICES if self.weight_norm.roles is None else self.weight_norm.roles
+        return self.weight_norm.name if role in roles else None
 
     def norm(self, at: str, x: Array) -> Array:
-        if self.model.norm == "rmsnorm":
-            return self.rms(at, x)
-        assert self.model.norm == "layernorm", f"no transcription of {self.model.norm}: write one"
+        fields, eps, C = self.model.norm.fields, self.model.norm_eps, x.shape[-1]
+        match self.model.norm.name:
+            case "layernorm":
+                y = self.standardized(x)
+            case "rmsnorm" if fields.get("eps_outside", False):
+                y = x / (np.sqrt(mean_square(x)) + eps)
+            case "rmsnorm":
+                y = x / np.sqrt(mean_square(x) + eps)
+            case "prmsnorm":
+                y = x / np.sqrt(mean_square(x[:, : max(1, int(C * fields.get("p", 0.0625)))]) + eps)
+            case "scalenorm":
+                return self.p[f"{at}.g"] * x / np.maximum(length(x), eps)
+            case "dyt":
+                y = np.tanh(self.p[f"{at}.alpha"] * x)
+            case "eln":
+                y = sqrt(C - 1) * x / np.sqrt(np.exp(self.p[f"{at}.log_beta"]) + x**2)
+            case "dyisru":
+                y = sqrt(C) * x / np.sqrt(x**2 + np.exp(self.p[f"{at}.log_beta"]))
+            case unknown:
+                raise AssertionError(f"no transcription of {unknown}: write one")
+        weight = self.p[f"{at}.weight"] + (1 if fields.get("one_plus", False) else 0)
+        return y * weight + self.p.get(f"{at}.bias", 0.0)
+
+    def head_norm(self, at: str, h: int, x: Array) -> Array:
+        """LayerNorm of one head, with its own weight and bias."""
+        return self.standardized(x) * self.p[f"{at}.weight"][h] + self.p[f"{at}.bias"][h]
+
+    def standardized(self, x: Array) -> Array:
         centred = x - x.mean(-1, keepdims=True)
-        normal = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + self.model.norm_eps)
-        return normal * self.p[f"{at}.weight"] + self.p.get(f"{at}.bias", 0.0)
+        return centred / np.sqrt(mean_square(centred) + self.model.norm_eps)
 
     def rms(self, at: str, x: Array) -> Array:
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.model.norm_eps) * self.p[f"{at}.weight"]
+        return x / np.sqrt(mean_square(x) + self.model.norm_eps) * self.p[f"{at}.weight"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nlm import NORMS, SCHEMES, SCORES, load_config
-from nlm.config import Config, ConfigError
+from nlm.config import Config, ConfigError, NamedChoice
 
 MINIMAL = """
 [model]
@@ -54,7 +54,7 @@ def test_defaults(minimal: Path) -> None:
         ("optim.lr=5e-4", "optim", "lr", 5e-4),
         ("optim.betas=[0.8, 0.9]", "optim", "betas", (0.8, 0.9)),
         ("model.tied=true", "model", "tied", True),
-        ("model.norm=rmsnorm", "model", "norm", "rmsnorm"),
+        ("model.norm=rmsnorm", "model", "norm", NamedChoice(name="rmsnorm")),
         ('data.train="a=b"', "data", "train", "a=b"),
         ("data.train=a=b", "data", "train", "a=b"),
         ("optim.weight_decay=0", "optim", "weight_decay", 0.0),
@@ -70,7 +70,7 @@ def test_later_files_win_and_the_file_itself_over_them(minimal: Path) -> None:
     own = MINIMAL.replace("n_layers = 3\nn_heads = 4\n", "").replace("dim = 32", "dim = 128")
     minimal.write_text("extends = ['second.toml']\n" + own)
     model = load_config(minimal, ["model.n_heads=8"]).model
-    assert (model.dim, model.n_layers, model.n_heads, model.norm) == (128, 7, 8, "rmsnorm")
+    assert (model.dim, model.n_layers, model.n_heads, model.norm.name) == (128, 7, 8, "rmsnorm")
 
 
 def test_another_scheme_drops_the_fields_of_the_former(minimal: Path) -> None:
@@ -105,7 +105,7 @@ def test_all_problems_at_once(minimal: Path) -> None:
         ("model.dim", "'wide'"),
         ("model.n_kv_heads", "divisor of model.n_heads = 4 (one of [1, 2, 4]), got 3"),
         ("model.scheme.name", "'pre_ln'"),
-        ("model.norm", "'rmsnorm'"),
+        ("model.norm.name", "'rmsnorm'"),
         ("model.attention.score", "'qknorm'"),
         (
             "train.batch_tokens",
@@ -177,7 +177,7 @@ def test_every_size_goes_with_every_scheme(scheme: Path, size: Path, tmp_path: P
     own = ["train.steps=5000", "train.batch_tokens=2048", "train.seq_len=1024", "model.vocab_size=512", "data.train=x"]
     config = load_config(run, own)
     assert config.model.scheme.name == scheme.stem
-    assert config.model.norm in NORMS and config.model.attention.score in SCORES
+    assert config.model.norm.name in NORMS and config.model.attention.score in SCORES
 
 
 @pytest.mark.parametrize("run", [CONFIGS / "quickstart.toml", *(CONFIGS / "runs").glob("*.toml")], ids=lambda p: p.stem)

@@ -1,0 +1,16 @@
+"""Norm layers, usable wherever a scheme says `Norm()`, and NORMS, the choice by name."""
+
+from nlm.norms.elementwise import ELN, DyISRU, DyT
+from nlm.norms.token import LayerNorm, NormLayer, NormSite, PartialRMSNorm, RMSNorm, ScaleNorm, precise, unit
+
+NORMS: dict[str, type[NormLayer]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
+    "prmsnorm": PartialRMSNorm,
+    "scalenorm": ScaleNorm,
+    "dyt": DyT,
+    "dyisru": DyISRU,
+    "eln": ELN,
+}
+
+__all__ = ["NORMS", "LayerNorm", "NormSite", "RMSNorm", "precise", "unit"]

@@ -1,0 +1,22 @@
+"""Random numbers that depend on what they are for, not on who draws them: the same in every layout, and once more in
+recomputation."""
+
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+
+
+def mixed(x: Tensor) -> Tensor:
+    """int64 -> int64 in [0, 2³²): a number in which every bit of the 32 lowest of x counts for every other.
+
+    Shifts and products of 32-bit words, by a multiplier small enough for the products not to leave int64.
+    """
+    for _ in range(2):
+        x = x & WORD
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & WORD
+    return x ^ (x >> 16)
+
+
+def uniform(keys: Tensor, number: Tensor) -> Tensor:
+    """Keys [B] -> [B] float64 in [0, 1), others for every `number` []."""
+    return mixed(keys + mixed(number)).double() / (WORD + 1)

@@ -1,0 +1,132 @@
+"""What a score function is, and the two ways in which its weights meet the values."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nlm.anatomy import Span
+from nlm.norms import precise
+from nlm.parallel.tensor import TensorParallel
+
+Place = Callable[[Tensor], Tensor]
+"""What gives queries or keys [B S H Dh] their positions, and then what the scheme has for them."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The shape of attention and this rank's part of it; `seq_len` is the context length of training."""
+
+    query: Span
+    kv: Span
+    head_dim: int
+    seq_len: int
+    norm_eps: float
+    tp: TensorParallel
+
+
+class Score(nn.Module, ABC):
+    """How queries and keys choose among values. Its keyword arguments are keys of [model.attention].
+
+    In all methods: q [B S H Dh], k and v [B S Hkv Dh], query head h attends with kv head h // (H / Hkv). `mask`
+    [B 1 S S] says who sees whom; without one, each position sees itself and those before.
+    """
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, place_q: Place, place_k: Place) -> Tensor:
+        """Queries, keys and values as the matrices give them -> [B S H Dh]."""
+
+
+class PlacedScore(Score):
+    """A score of queries and keys that have their positions."""
+
+    def normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """What happens to queries and keys before."""
+        return q, k
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """-> [B S H Dh]."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, place_q: Place, place_k: Place) -> Tensor:
+        q, k = self.normalize(q, k)
+        return self.attend(place_q(q), place_k(k), v, mask)
+
+
+class Weighed(PlacedScore):
+    """A score that computes all weights [B H S S] of a layer, in float32 or more; memory grows as S²."""
+
+    @abstractmethod
+    def weigh(self, scores: Tensor, visible: Tensor) -> Tensor:
+        """q·k / sqrt(Dh) [B H S S] -> the weights of the values, 0 where `visible` [… S S] is false."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        scores = torch.einsum("bshd,bthd->bhst", q, for_each_query(k, q)) * q.shape[-1] ** -0.5
+        weights = self.weigh(precise(scores), visible(q, mask))
+        return torch.einsum("bhst,bthd->bshd", weights.to(v.dtype), for_each_query(v, q))
+
+
+def for_each_query(x: Tensor, q: Tensor) -> Tensor:
+    """[B S Hkv Dh] -> [B S H Dh], the head that each of q's heads attends with."""
+    return x.repeat_interleave(q.shape[2] // x.shape[2], dim=2)
+
+
+def visible(q: Tensor, mask: Tensor | None) -> Tensor:
+    """-> [B 1 S S] or [S S]: `mask`, or the causal one."""
+    return torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+
+
+def n_visible(q: Tensor, mask: Tensor | None) -> Tensor:
+    """-> [B S 1 1] or [S 1 1]: how many keys each position sees."""
+    if mask is None:
+        return torch.arange(1, q.shape[1] + 1, device=q.device)[:, None, None]
+    return mask.sum(-1).transpose(1, 2)[..., None]  # [B 1 S] -> [B S 1 1]
+
+
+def document_mask(segments: Tensor) -> Tensor:
+    """The document of each position [B S] -> [B 1 S S], true where position i sees j: j <= i in the same document."""
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return same.tril()
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+    """softmax(q kᵀ · scale) v, by default 1/sqrt(Dh), in torch's fused kernels."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.to(q.dtype).transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+CHUNK = 64
+"""Positions that linear attention takes at once: within a chunk it computes all pairs, across chunks a state."""
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q and k [B S H E], v [B S H Dv] -> [B S H Dv], Σ (q_t·k_j) v_j over the j that t sees, in float32 or more.
+
+    Work and memory grow as S (Katharopoulos et al. 2020, arXiv:2006.16236, section 3.3), with a mask as S².
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = precise(q), precise(k), precise(v)
+        if mask is not None:
+            return torch.einsum("bhst,bthd->bshd", torch.einsum("bshe,bthe->bhst", q, k) * mask, v)
+        seq_len = q.shape[1]
+        q, k, v = (
+            F.pad(x, (0, 0, 0, 0, 0, -seq_len % CHUNK)).unflatten(1, (-1, CHUNK)).transpose(2, 3) for x in (q, k, v)
+        )  # [B S H E] -> [B N H C E]
+        states = k.transpose(-1, -2) @ v  # [B N H E Dv]
+        before = states.cumsum(1) - states
+        within = (q @ k.transpose(-1, -2)).tril() @ v
+        return (within + q @ before).transpose(2, 3).flatten(1, 2)[:, :seq_len]

@@ -1,0 +1,96 @@
+"""Normalizers in weight space, and WEIGHT_NORMS, the choice by name: what the forward makes of a matrix.
+
+The norm is of a whole row [in], of which tensor parallel ranks may have parts. Its gradient reaches the matrix.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from nlm.anatomy import Role, Span
+from nlm.norms import precise
+from nlm.parallel.tensor import TensorParallel
+
+Initial = dict[str, float | Callable[[Tensor], Tensor]]
+
+
+class WeightNorm(nn.Module):
+    """weight [out in] -> [out in]; `outputs` and `inputs` say which part of the whole matrix this rank has."""
+
+    inside = True
+
+    def __init__(self, outputs: Span, inputs: Span, tp: TensorParallel) -> None:
+        super().__init__()
+        self.outputs, self.inputs, self.tp = outputs, inputs, tp
+
+    def row_sum(self, x: Tensor) -> Tensor:
+        """[out in/n] -> [out 1], over the whole rows."""
+        total = x.sum(1, keepdim=True)
+        return total if self.inputs.is_whole else self.tp.sum(total)
+
+    def unit_rows(self, weight: Tensor) -> Tensor:
+        weight = precise(weight)
+        return weight * self.row_sum(weight.square()).clamp(min=1e-24).rsqrt()
+
+    def standardized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """-> the rows less their means, and the sums of their squares [out 1]."""
+        weight = precise(weight)
+        centred = weight - self.row_sum(weight) / self.inputs.full
+        return centred, self.row_sum(centred.square())
+
+
+class Conditioning(WeightNorm):
+    """P W with the diagonal P = 1 / ‖W_i‖ over the rows, which among all diagonals brings the condition number within
+    sqrt(out) of the least (van der Sluis 1969; Saratchandran et al. 2024, of which only the abstract was read)."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.unit_rows(weight)
+
+
+class Standardization(WeightNorm):
+    """(W - mean) / (std + 1e-5) over each row, with the unbiased std (Qiao et al. 2019, arXiv:1903.10520, eq. 4)."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        centred, squares = self.standardized(weight)
+        return centred / ((squares / (self.inputs.full - 1)).clamp(min=1e-24).sqrt() + 1e-5)
+
+
+class Gained(WeightNorm):
+    """With a learned gain for each output."""
+
+    roles = {"gain": Role.SCALE}
+    initial: Initial = {"gain": 1.0}
+
+    def __init__(self, outputs: Span, inputs: Span, tp: TensorParallel) -> None:
+        super().__init__(outputs, inputs, tp)
+        self.spans = {"gain": (outputs,)}
+        self.gain = nn.Parameter(torch.empty(len(outputs)))
+
+
+class ScaledStandardization(Gained):
+    """γ (W - mean) / sqrt(max(var · in, 1e-4)) over each row, biased variance: rows of norm γ and sum 0 (Brock et al.
+    2021, arXiv:2101.08692, eq. 1; the limit is that of the authors' code)."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        centred, squares = self.standardized(weight)
+        return self.gain[:, None] * centred * squares.clamp(min=1e-4).rsqrt()
+
+
+class WeightNormalization(Gained):
+    """g v / ‖v‖ over each row; g starts at ‖v‖ (Salimans & Kingma 2016, arXiv:1602.07868, eq. 2)."""
+
+    initial: Initial = {"gain": lambda matrix: matrix.norm(dim=1)}
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.gain[:, None] * self.unit_rows(weight)
+
+
+MakeWeightNorm = Callable[[Span, Span, TensorParallel], WeightNorm]
+
+WEIGHT_NORMS: dict[str, type[WeightNorm]] = {
+    "weight_norm": WeightNormalization,
+    "weight_standardization": Standardization,
+    "scaled_weight_standardization": ScaledStandardization,
+    "weight_conditioning": Conditioning,
+}

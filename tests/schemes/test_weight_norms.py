@@ -1,0 +1,107 @@
+"""What each normalizer of weights promises, of the whole matrix."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nlm import WEIGHT_NORMS, build_model
+from nlm.anatomy import Span
+from nlm.config import Config, ConfigError
+from nlm.model import held
+from nlm.parallel.tensor import TensorParallel
+from nlm.weight_norms import WeightNorm
+
+MakeConfig = Callable[..., Config]
+OUT, IN = 6, 10
+
+
+def make(name: str) -> WeightNorm:
+    return WEIGHT_NORMS[name](Span.whole(OUT), Span.whole(IN), TensorParallel()).double()
+
+
+def matrix() -> Tensor:
+    return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def effective(model: nn.Module) -> dict[str, Tensor]:
+    """What the products are taken with, by name."""
+    return {
+        name: module.weight_norm(module.weight)
+        for name, module in model.named_modules()
+        if getattr(module, "weight_norm", None) is not None
+    }
+
+
+def test_k20_scaled_standardization() -> None:
+    """K20: rows of mean 0 and of squares that sum to γ²; what moves the gradient is neither mean nor length."""
+    norm, w = make("scaled_weight_standardization"), matrix().requires_grad_()
+    gain = torch.arange(1.0, OUT + 1)
+    with torch.no_grad():
+        norm.gain.copy_(gain)
+    y = norm(w)
+    assert y.sum(1).abs().max() < 1e-12
+    assert torch.allclose(y.square().sum(1).sqrt(), gain.double())
+    (gradient,) = torch.autograd.grad((y * matrix().flip(0)).sum(), w)
+    assert gradient.sum(1).abs().max() < 1e-12 and (gradient * y).sum(1).abs().max() < 1e-12
+
+
+def test_weight_standardization() -> None:
+    y = make("weight_standardization")(matrix())
+    assert y.mean(1).abs().max() < 1e-12
+    assert torch.allclose(y.std(1), torch.ones(OUT, dtype=torch.float64), atol=1e-4)
+
+
+def test_k21_weight_norm_gradient_is_orthogonal_to_the_weight() -> None:
+    """K21: ⟨∂L/∂v, v⟩ = 0 in each row."""
+    norm, v = make("weight_norm"), matrix().requires_grad_()
+    nn.init.ones_(norm.gain)
+    (gradient,) = torch.autograd.grad((norm(v) * matrix().flip(0)).sum(), v)
+    assert (gradient * v).sum(1).abs().max() < 1e-12
+
+
+def test_weight_norm_changes_nothing_at_the_start(make_config: MakeConfig) -> None:
+    plain, normed = (
+        build_model(make_config({} if name is None else {"weight_norm": name})) for name in (None, "weight_norm")
+    )
+    tokens = torch.arange(24).view(2, 12)
+    assert torch.allclose(plain(tokens), normed(tokens), atol=1e-5)
+    with torch.no_grad():
+        for h in held(normed):
+            if h.name.endswith("wq.weight"):
+                h.parameter.mul_(3)
+    assert torch.allclose(plain(tokens), normed(tokens), atol=1e-5), "the length of v is nothing to it"
+
+
+def test_conditioning_lowers_the_condition_number() -> None:
+    """Of rows whose lengths differ by far."""
+    w = matrix() * torch.logspace(-3, 3, OUT, dtype=torch.float64)[:, None]
+    assert torch.linalg.cond(make("weight_conditioning")(w)) < 1e-2 * torch.linalg.cond(w)
+
+
+@pytest.mark.parametrize("name", WEIGHT_NORMS)
+def test_roles(name: str, make_config: MakeConfig) -> None:
+    """By default all matrices of the blocks; or those of the roles."""
+    default = effective(build_model(make_config({"weight_norm": name, "activation": "swiglu"})))
+    assert len(default) == 3 * 7 and all(found.startswith("blocks.") for found in default)
+    some = effective(build_model(make_config({"weight_norm": {"name": name, "roles": ["embed", "down"]}})))
+    assert set(some) == {"embed", *(f"blocks.{layer}.ffn.w_down" for layer in range(3))}
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        ({"weight_norm": "weightnorm"}, "weight_norm"),
+        ({"weight_norm": {"name": "weight_norm", "roles": []}}, "at least 1 item"),
+        ({"weight_norm": {"name": "weight_norm", "roles": ["norm"]}}, "'norm'"),
+        ({"weight_norm": {"name": "weight_norm", "gain": 1}}, "model.weight_norm.gain: unknown key"),
+        ({"weight_norm": {"name": "weight_norm", "roles": ["head"]}, "tied": True}, "its table is 'embed'"),
+        ({"weight_norm": "weight_norm", "scheme": {"name": "nf"}}, "has its own norm of 'q'; leave it out"),
+        ({"weight_norm": "weight_norm", "scheme": {"name": "fixup"}}, "'o' starts at 0"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(model: dict[str, object], problem: str, make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_config(model)
+    assert problem in str(error.value)

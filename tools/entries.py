@@ -1,0 +1,63 @@
+"""Every scheme, norm, score and weight norm as keys of [model]: each in plain company, and mixed.
+
+`MIXED` has every entry of every registry at least once, in as many models as there are schemes: what is slow to try is
+tried with these.
+"""
+
+from typing import Any
+
+from nlm import NORMS, SCHEMES, SCORES, WEIGHT_NORMS
+
+Model = dict[str, Any]
+
+# By default pRMSNorm divides by two channels of 32, whose size may be next to nothing.
+NORM_FIELDS: dict[str, list[Model]] = {
+    "rmsnorm": [{}, {"eps_outside": True}, {"one_plus": True}],
+    "prmsnorm": [{"p": 0.3}],
+}
+SCORE_FIELDS: dict[str, list[Model]] = {
+    "qknorm": [{"g0": 3.0}],
+    "top_k": [{"k": 3}],
+    "sa_softmax": [{}, {"normalized": False}, {"detach": False}],
+}
+NORM_CHOICES = [{"name": name} | fields for name in NORMS for fields in NORM_FIELDS.get(name, [{}])]
+SCORE_CHOICES = [{"score": name} | fields for name in SCORES for fields in SCORE_FIELDS.get(name, [{}])]
+
+
+def combination(
+    scheme: str = "pre_ln", norm: Model | None = None, score: Model | None = None, weight_norm: str | None = None
+) -> tuple[str, Model]:
+    """A name, and the keys of [model]."""
+    norm, score = norm or {"name": "layernorm"}, score or {"score": "softmax"}
+    words = [scheme, *words_of(norm), *words_of(score), *([weight_norm] if weight_norm else [])]
+    model: Model = {"scheme": {"name": scheme}, "norm": norm, "attention": score}
+    return "-".join(words), model | ({"weight_norm": weight_norm} if weight_norm else {})
+
+
+def words_of(choice: Model) -> list[str]:
+    return [str(value) if key in {"name", "score"} else f"{key}={value}" for key, value in choice.items()]
+
+
+def mixed() -> dict[str, Model]:
+    """Scheme i with norm i and score i of their lists, from the start again where these end; some normalize weights."""
+    # Standardized weights are large: they go with schemes that normalize what a sublayer reads.
+    suited = ("pre_ln", "sub_ln", "normformer", "layerscale", "peri_ln", "sandwich_ln")
+    weight_norms = dict(zip(suited, WEIGHT_NORMS, strict=False))
+    found: dict[str, Model] = {}
+    for i, scheme in enumerate(SCHEMES):
+        norm, score = NORM_CHOICES[i % len(NORM_CHOICES)], SCORE_CHOICES[i % len(SCORE_CHOICES)]
+        name, model = combination(scheme, norm, score, weight_norms.get(scheme))
+        found[name] = model
+    return found
+
+
+MIXED = mixed()
+COMBINATIONS: dict[str, Model] = dict(
+    [
+        *(combination(scheme) for scheme in SCHEMES),
+        *(combination("sub_ln", norm) for norm in NORM_CHOICES),  # which has norms over every axis there is
+        *(combination(score=score) for score in SCORE_CHOICES),
+        *(combination(weight_norm=name) for name in WEIGHT_NORMS),
+        *MIXED.items(),
+    ]
+)
