@@ -98,6 +98,7 @@ class Row:
     everywhere: Table = field(default_factory=dict)
     """Keys of [parallel]: in the layouts, and in one process too."""
     data: Table = field(default_factory=dict)
+    train: Table = field(default_factory=dict)
     precision: str = "fp32"
 
     def config(self, folder: Path, layout: str | None) -> Config:
@@ -112,7 +113,8 @@ class Row:
                     "batch_tokens": rows * seq_len,
                     "seq_len": seq_len,
                     "precision": self.precision,
-                },
+                }
+                | self.train,
                 "optim": {"lr": 1e-3, "eps": EPS, "schedule": "constant", "clip": 0.5},
                 "parallel": {"microbatches": 8} | self.everywhere | (self.parallel | LAYOUTS[layout] if layout else {}),
                 "data": {"train": str(folder / "tokens")} | self.data,
@@ -150,6 +152,7 @@ VARIANT_ROWS = {
             {},
             data={"document_mask": True},
         ),
+        variant("sparse softmax", ["tp2+sp", "fsdp2xtp2xpp2"], {}, train={"sparse_softmax_k": 5}),
         variant("one block a unit", ["fsdp2", "fsdp2xtp2"], {}, parallel={"blocks_per_unit": 1}),
         variant(
             "three blocks a unit, kept", ["fsdp2", "hsdp2x2"], {}, parallel={"blocks_per_unit": 3, "reshard": False}

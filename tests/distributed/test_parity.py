@@ -9,18 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from parity import DEEP_ROWS, LAYOUTS, NORM_ROWS, SCHEME_ROWS, VARIANT_ROWS, Ranks, Reference, Row, cell, write_tokens
+from parity import (
+    DEEP_ROWS,
+    LAYOUTS,
+    MIXED_ROWS,
+    SCHEME_ROWS,
+    VARIANT_ROWS,
+    Ranks,
+    Reference,
+    Row,
+    cell,
+    write_tokens,
+)
 
-SCHEMES = list(SCHEME_ROWS.values())
+from nlm import NORMS, SCHEMES, SCORES, WEIGHT_NORMS
+
+CORE = [SCHEME_ROWS[name] for name in ("pre_ln", "post_ln", "deepnorm", "sub_ln", "peri_ln", "normformer", "ngpt")]
+"""These take turns over the layouts."""
 
 
 def chosen() -> Iterator[tuple[Row, str]]:
     for i, layout in enumerate(LAYOUTS):
-        yield SCHEMES[i % len(SCHEMES)], layout
-    for row in SCHEMES:
-        yield row, "tp2+sp"
-    for row in NORM_ROWS.values():
-        yield row, "tp2+sp"
+        yield CORE[i % len(CORE)], layout
+    for row in MIXED_ROWS.values():  # which have every scheme, norm and score
+        yield row, "fsdp2xtp2xpp2"
     for layout in ("fsdp2", "zero1"):  # it projects what it has updated, which every engine does in its own way
         yield SCHEME_ROWS["ngpt"], layout
     for name, layout in (
@@ -35,6 +47,7 @@ def chosen() -> Iterator[tuple[Row, str]]:
         ("document mask", "fsdp2xtp2xpp2"),
         ("document mask", "pp2-zbv"),
         ("document mask", "zero1"),
+        ("sparse softmax", "tp2+sp"),
     ):
         yield VARIANT_ROWS[name], layout
     yield DEEP_ROWS["200 layers"], "pp4-zbv"
@@ -84,11 +97,16 @@ def test_a_stream_reaches_every_rank(prover: Prover) -> None:
     text = {"files": [str(prover.folder / "play.jsonl")], "tokenizer": "byte", "weight": 1.0, "workers": 0}
     shards = {"path": str(prover.folder / "tokens"), "weight": 1.0}
     data = {"train": [text, shards], "document_mask": True}
-    row = replace(SCHEMES[0], name="stream", data=data, precision="fp64")
+    row = replace(CORE[0], name="stream", data=data, precision="fp64")
     for layout in ("hsdp2x2", "tp2xpp2"):
         prover.prove(row, layout)
 
 
 def test_everything_is_in_it() -> None:
     assert {layout for (_, layout), _ in CELLS} == set(LAYOUTS)
-    assert {name for (name, _), _ in CELLS} >= set(SCHEME_ROWS) | set(NORM_ROWS)
+    assert {name for (name, _), _ in CELLS} >= set(MIXED_ROWS)
+    models = [row.model for row in MIXED_ROWS.values()]
+    assert {model["scheme"]["name"] for model in models} == set(SCHEMES)
+    assert {model["norm"]["name"] for model in models} == set(NORMS)
+    assert {model["attention"]["score"] for model in models} == set(SCORES)
+    assert {model.get("weight_norm") for model in models} == {None, *WEIGHT_NORMS}
