@@ -18,7 +18,7 @@ NORM_FIELDS: dict[str, list[Model]] = {
 SCORE_FIELDS: dict[str, list[Model]] = {
     "qknorm": [{"g0": 3.0}],
     "top_k": [{"k": 3}],
-    "sa_softmax": [{}, {"normalized": False}, {"detach": False}],
+    "sa_softmax": [{}, {"normalized": False}, {"detach": True}],
 }
 NORM_CHOICES = [{"name": name} | fields for name in NORMS for fields in NORM_FIELDS.get(name, [{}])]
 SCORE_CHOICES = [{"score": name} | fields for name in SCORES for fields in SCORE_FIELDS.get(name, [{}])]
@@ -39,13 +39,15 @@ def words_of(choice: Model) -> list[str]:
 
 
 def mixed() -> dict[str, Model]:
-    """Scheme i with norm i and score i of their lists, from the start again where these end; some normalize weights."""
+    """Scheme i with norm i + 2 and score i of their lists, which begin again where they end; some normalize weights."""
     # Standardized weights are large: they go with schemes that normalize what a sublayer reads.
     suited = ("pre_ln", "sub_ln", "normformer", "layerscale", "peri_ln", "sandwich_ln")
     weight_norms = dict(zip(suited, WEIGHT_NORMS, strict=False))
+    scores = [choice for choice in SCORE_CHOICES if "detach" not in choice]  # its gradient has no bound
     found: dict[str, Model] = {}
     for i, scheme in enumerate(SCHEMES):
-        norm, score = NORM_CHOICES[i % len(NORM_CHOICES)], SCORE_CHOICES[i % len(SCORE_CHOICES)]
+        # i + 2, so that elementwise norms fall to schemes in which nothing explodes by them.
+        norm, score = NORM_CHOICES[(i + 2) % len(NORM_CHOICES)], scores[i % len(scores)]
         name, model = combination(scheme, norm, score, weight_norms.get(scheme))
         found[name] = model
     return found

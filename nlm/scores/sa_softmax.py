@@ -10,12 +10,13 @@ class SASoftmax(Weighed):
     """With p = softmax(s): s · p, or `normalized`, which is their recommendation, p (s - min) / (max - min) with
     min = min(s_min, 0) and max = max(s_max, 0) over the keys that a query sees.
 
-    `detach`: no gradient flows through min and max. In the released code it does, and then the factor of the largest
-    logit is constantly 1, so that its weight has softmax's own vanishing gradient: with the top logit 20 above 15
-    others |∂w/∂s| is 3e-8, detached 0.05. What the paper claims thus holds only detached, which is the default here.
+    In the released code gradients flow through min and max. Then the factor of the largest logit is constantly 1, and
+    its weight has softmax's own vanishing gradient: with the top logit 20 above 15 others |∂w/∂s| is 3e-8, where s · p
+    has 1. With `detach` it is 0.05; but a position that sees one key only then has the gradient 1/|s|, which nothing
+    bounds. So neither is what the paper claims of its gradient: s · p is.
     """
 
-    def __init__(self, heads: Heads, *, normalized: bool = True, detach: bool = True) -> None:
+    def __init__(self, heads: Heads, *, normalized: bool = True, detach: bool = False) -> None:
         super().__init__(heads)
         self.normalized, self.detach = normalized, detach
 

@@ -176,6 +176,16 @@ def test_gradient_where_softmax_saturates(choice: dict[str, bool], expected: dic
         assert float(gradient[0, 0, 0, 0].abs()) == pytest.approx(slope, rel=0.15)
 
 
+def test_a_detached_single_key_has_an_unbounded_gradient() -> None:
+    """Of the first position: 1/|s|, where the released form has none."""
+    for detach, expected in ((True, 1e3), (False, 0.0)):
+        score = make("sa_softmax", detach=detach)
+        s = torch.full((1, 1, 1, 1), 1e-3, dtype=torch.float64, requires_grad=True)
+        assert isinstance(score, SASoftmax)
+        (gradient,) = torch.autograd.grad(score.weigh(s, torch.ones(1, 1, dtype=torch.bool)).sum(), s)
+        assert float(gradient) == pytest.approx(expected, abs=1e-3, rel=1e-3)
+
+
 def test_rela_weights_are_sparse() -> None:
     """About half of random scores is below 0, and some queries see nothing."""
     score = make("rela")
