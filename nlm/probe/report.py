@@ -52,7 +52,9 @@ def save(probe: Probe, verdict: Verdict, out: Path) -> Iterator[Path]:
     exponents = list(probe.exponents.values())
     depth_figure(np.array(list(probe.signals)), totals, exponents, title).savefig(path := out / "depth.png")
     yield path
-    (path := out / "probe.json").write_text(json.dumps(_plain(_numbers(probe, verdict)), indent=1), encoding="utf-8")
+    (path := out / "probe.json").write_text(
+        json.dumps(_plain(_numbers(probe, verdict)), indent=1, allow_nan=False), encoding="utf-8"
+    )
     yield path
 
 
