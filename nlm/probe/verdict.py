@@ -130,10 +130,9 @@ def _step(probe: Probe) -> Iterator[Finding]:
     rate = signal.update["sign"][-1] * probe.width_factor
     first_lr = learning_rate(optim, 1, probe.config.train.steps)
     first, peak = rate * first_lr, rate * optim.lr
-    found = (
-        f"Adam's first step, at lr {first_lr:.3g}, moves the last hidden state by {first:.2g} times its size, one at "
-        f"the peak of {optim.lr:.3g} would by {peak:.2g}"
-    )
+    found = f"Adam's first step, at lr {first_lr:.3g}, moves the last hidden state by {first:.2g} times its size"
+    if optim.warmup_steps > 1:
+        found += f", one at the peak of {optim.lr:.3g} would by {peak:.2g}"
     allowed = f"{safe:g} is safe for a stream that {'every layer normalizes' if fixed else 'may grow'}"
     if first > lost:
         yield Finding(
