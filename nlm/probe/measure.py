@@ -6,6 +6,7 @@ shows at any width.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite, nan
 
 import numpy as np
 import torch
@@ -180,14 +181,15 @@ DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sgd": lambda gradient: gra
 
 @torch.no_grad()
 def moved(model: Transformer, batch: Batch, steps: list[tuple[Tensor, Tensor]], outs: list[Tensor]) -> Vector:
-    """-> [L]: ‖Δh‖/‖h‖ of the streams `outs` for each unit of learning rate, 0 where the step is none at all.
+    """-> [L]: ‖Δh‖/‖h‖ of the streams `outs` for each unit of learning rate; 0 if the step is none at all, NaN if it is
+    not finite.
 
     A finite difference, since not every operation of every scheme has a forward-mode derivative. Its length follows
     from the loss that it is to take away, whatever the size of the gradients.
     """
     descent = float(sum((step * gradient(parameter)).sum() for parameter, step in steps))
-    if descent == 0:
-        return np.zeros(len(outs))
+    if descent == 0 or not isfinite(descent):
+        return np.full(len(outs), nan if descent else 0.0)
     lr = STEP_LOSS / descent
     for parameter, step in steps:
         parameter.sub_(step, alpha=lr)
@@ -220,5 +222,5 @@ def gradient(tensor: Tensor) -> Tensor:
 def slope(x: list[int], y: Vector) -> float:
     """The power of x by which y grows, fitted in logarithms; NaN where y has none."""
     if not (np.isfinite(y) & (y > 0)).all():
-        return float("nan")
+        return nan
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])

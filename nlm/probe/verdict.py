@@ -100,14 +100,18 @@ def _gradients(signal: Signal) -> Iterator[Finding]:
     if np.isnan(ratio):
         return
     first, last = eighths(signal.grad_norm)
-    bottom, top = f"layers 0 to {first.stop - 1}", f"layers {last.start} to {last.stop - 1}"
-    found = f"the gradients of {bottom} are {ratio:.3g} times those of {top}"
+    found = f"the gradients of {_named(first)} are {ratio:.3g} times those of {_named(last)}"
     if ratio < 1 / GRADIENT_RATIO:
         yield Finding(FAILS, f"{found}, below 1/{GRADIENT_RATIO:g}: they vanish towards the bottom, which never learns")
     elif ratio > GRADIENT_RATIO:
         yield Finding(FAILS, f"{found}, above {GRADIENT_RATIO:g}: they explode towards the bottom")
     else:
         yield Finding(SURVIVES, f"{found} (1/{GRADIENT_RATIO:g} to {GRADIENT_RATIO:g})")
+
+
+def _named(layers: slice) -> str:
+    first, last = layers.start, layers.stop - 1
+    return f"layer {first}" if first == last else f"layers {first} to {last}"
 
 
 def _switched_off(signal: Signal) -> Iterator[Finding]:
