@@ -25,6 +25,7 @@ from nlm.probe.measure import Probe, Signal, depths, first_rows, measure, narrow
 from nlm.probe.report import save, text
 from nlm.probe.verdict import FAILS, NEVER, SURVIVES, UNCERTAIN, gradient_ratio, judge
 from nlm.schemes.base import Branch, Learned, Norm, Residual, Scheme, xavier
+from nlm.statistics.curves import depth_figure, layer_figure
 
 RunConfig = Callable[..., Config]
 
@@ -269,6 +270,12 @@ def test_each_rule_by_itself(table_m3: Callable[..., Config]) -> None:
         assert outcome == FAILS and word in said and "layers 0 to 1 " in said and "layers 14 to 15" in said
     assert judged(replace(signal, grad_norm=np.geomspace(1, 1 / 18, 16)), config)[0] == SURVIVES
 
+    idle = np.where(np.arange(16) < 2, 0.0, signal.grad_norm)
+    outcome, said = judged(replace(signal, grad_norm=idle), config)
+    assert outcome == SURVIVES and "no matrix moves in the first step in 2 of 16 layers" in said
+    silent = np.where(idle > 0, signal.stream_grad_norm, 0.0)
+    assert "vanish" in judged(replace(signal, grad_norm=idle, stream_grad_norm=silent), config)[1]
+
     def grown(rms: Any) -> Signal:
         return replace(signal, rms=np.broadcast_to(np.asarray(rms)[:, None, None], (16, 2, 3)))
 
@@ -334,6 +341,17 @@ def test_the_command_in_a_process(table_m3: Callable[..., Config], tmp_path: Pat
         picture = imread(tmp_path / "pictures" / name)
         assert picture.shape[0] > 300 and (picture[..., :3].min(axis=2) < 0.9).mean() > 0.01, name
     assert not (tmp_path / "probe.json").exists()
+
+
+def test_the_pictures_show_the_numbers() -> None:
+    curve = np.array([1.0, 0.0, 4.0, np.inf, 16.0])
+    figure = layer_figure({"RMS": {"attn": curve, "ffn": curve + 1}, "gradient norm": {"off": np.zeros(5)}}, "title")
+    attn, ffn = figure.axes[0].lines
+    assert np.array_equal(attn.get_ydata(), [1, np.nan, 4, np.nan, 16], equal_nan=True) and ffn.get_ydata()[1] == 1
+    figure = depth_figure(np.array([4, 8, 16]), {"sgd": np.array([2.0, 4.0, 8.0]), "off": np.zeros(3)}, [1, np.nan], "")
+    points, fit = figure.axes[0].lines
+    assert points.get_ydata().tolist() == [2, 4, 8] and fit.get_ydata() == pytest.approx([2, 4, 8])
+    assert [len(axes.lines) for axes in figure.axes] == [2, 1]
 
 
 def test_a_verdict_is_no_error(
