@@ -23,7 +23,7 @@ LARGEST_RMS = 65504.0
 GROWTH = 8.0
 """Of the stream's RMS over the second half of the layers. What grows as a power of depth, l, grows by 2 there and
 as its square by 4: beyond, it is exponential."""
-FIXED_REACH, FREE_REACH = (0.5, 2.0), (100.0, inf)
+FIXED_REACH, FREE_REACH = (0.6, 2.0), (100.0, inf)
 """How many times its own size a step may move the last hidden state: up to the first number trainings survived, beyond
 the second none did. A stream that every layer normalizes stays where it is thrown; one that may grow does, and so makes
 the steps that follow smaller."""
