@@ -14,6 +14,7 @@ from pathlib import Path
 EXAMPLES = """\
 examples:
   nlm tokenize plays/ --train-tokenizer 1024 --out data/plays
+  nlm probe configs/quickstart.toml model.n_layers=200
   nlm train configs/quickstart.toml optim.lr=5e-4 log.dir=runs/slower
   nlm report runs/quickstart runs/slower --out pictures
 """
@@ -68,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as optim.lr=5e-4")
     train.set_defaults(run=_train)
 
+    probe = verbs.add_parser("probe", help="see before training what the signal does at initialization")
+    probe.add_argument("config", metavar="CONFIG", help="a TOML file")
+    probe.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as optim.lr=5e-4")
+    probe.add_argument("--width", type=int, default=64, metavar="N", help="probe wider models this wide (64)")
+    probe.add_argument("--out", type=Path, metavar="DIR", help="writes pictures and all numbers; default: nothing")
+    probe.set_defaults(run=_probe)
+
     prove = verbs.add_parser("prove-resume", help="train straight through and interrupted, and compare the two runs")
     prove.add_argument("config", metavar="CONFIG", help="a TOML file")
     prove.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as optim.lr=5e-4")
@@ -113,6 +121,19 @@ def _train(options: argparse.Namespace) -> None:
         train(config)
     except Stopped as stopped:
         sys.exit(_fail(REQUEUE, stopped))
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from nlm.build import load_config
+    from nlm.probe.measure import probe
+    from nlm.probe.report import save, text
+    from nlm.probe.verdict import judge
+
+    seen = probe(load_config(options.config, options.overrides), options.width)
+    verdict = judge(seen)
+    print(text(seen, verdict))
+    for path in save(seen, verdict, options.out) if options.out else ():
+        print(path)
 
 
 def _prove_resume(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ LEVELS = [
     ["nlm.build", "nlm.evaluate"],
     ["nlm.checkpoint", "nlm.faults", "nlm.metrics", "nlm.stop"],
     ["nlm.compare"],
-    ["nlm.train", "nlm.prove"],
+    ["nlm.train", "nlm.prove", "nlm.probe"],
     ["nlm.cli", "nlm"],
     ["nlm.__main__"],
 ]
