@@ -23,6 +23,7 @@ from nlm.config import (
 )
 from nlm.init import init
 from nlm.layout import layout_problems
+from nlm.lsuv import unit_variance_scales
 from nlm.mesh import Mesh
 from nlm.model import Part, Transformer, held
 from nlm.norms import NORMS
@@ -33,7 +34,8 @@ from nlm.parallel.recompute import recompute_blocks
 from nlm.parallel.shard import shard
 from nlm.parallel.tensor import TensorParallel
 from nlm.schemes import SCHEMES
-from nlm.schemes.base import Learned, Slot, Slots, scaled
+from nlm.schemes.base import Learned, Scheme, Slot, Slots, scaled
+from nlm.schemes.inits import INITS, LSUV
 from nlm.scores import SCORES
 from nlm.weight_norms import WEIGHT_NORMS, MakeWeightNorm
 
@@ -66,13 +68,14 @@ def parse_config(table: Table) -> Config:
 
 def build_model(config: Config, seed: int | None = None, device: str | torch.device = "cpu") -> Transformer:
     """The whole model of a config in float32, materialized and initialized; `seed` defaults to train.seed."""
-    return init(design(config).to_empty(device=device), config.train.seed if seed is None else seed)
+    seed = config.train.seed if seed is None else seed
+    return init(design(config).to_empty(device=device), seed, _scales(config, seed))
 
 
 def design(config: Config, tp: TensorParallel | None = None, part: Part | None = None) -> Transformer:
     """The model or a part of its stack, of it what a tensor parallel rank holds, without memory of its own yet."""
     model = config.model
-    scheme = SCHEMES[model.scheme.name](**model.scheme.fields)
+    scheme = _scheme(model)
     score = partial(SCORES[model.attention.score], **model.attention.fields)
     norm = partial(NORMS[model.norm.name], **model.norm.fields)
     slots = token_scale if NORMS[model.norm.name].token_scale else None
@@ -80,6 +83,21 @@ def design(config: Config, tp: TensorParallel | None = None, part: Part | None =
         return Transformer(
             model, config.train.seq_len, scheme, norm, score, _weight_norms(model.weight_norm), slots, tp, part
         )
+
+
+def _scheme(model: ModelConfig) -> Scheme:
+    scheme = SCHEMES[model.scheme.name](**model.scheme.fields)
+    return scheme if model.init is None else INITS[model.init.name](scheme, **model.init.fields)
+
+
+def _scales(config: Config, seed: int) -> dict[str, float]:
+    """What matrices are multiplied by once all is drawn, where the init goes by what comes out of them."""
+    scheme = _scheme(config.model)
+    if not isinstance(scheme, LSUV):
+        return {}
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.model.vocab_size, (scheme.rows, config.train.seq_len), generator=generator)
+    return unit_variance_scales(lambda part: design(config, part=part), scheme.target, tokens, seed)
 
 
 def token_scale(site: Site) -> Slots:
@@ -115,7 +133,7 @@ def prepare(model: Transformer, config: Config, mesh: Mesh) -> Transformer:
     if config.train.precision == "fp64":
         model.double()
     shard(model, config.parallel, mesh)
-    init(model.to_empty(device=mesh.device), config.train.seed)
+    init(model.to_empty(device=mesh.device), config.train.seed, _scales(config, config.train.seed))
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
     if config.parallel.recompute == "block":
         recompute_blocks(model)
@@ -126,6 +144,7 @@ def prepare(model: Transformer, config: Config, mesh: Mesh) -> Transformer:
 
 def _bad_choices(model: Mapping[str, Any]) -> Iterable[str]:
     yield from _bad_choice("model.scheme", model.get("scheme"), SCHEMES)
+    yield from _bad_choice("model.init", model.get("init"), INITS)
     yield from _bad_choice("model.norm", model.get("norm"), NORMS)
     yield from _bad_choice(
         "model.attention", {"score": AttentionChoice().score} | model.get("attention", {}), SCORES, "score"
@@ -134,8 +153,12 @@ def _bad_choices(model: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _overruled(model: ModelConfig) -> Iterable[str]:
-    """Weight norms that would do nothing, or of what has no direction."""
+    """What the scheme rules out: an init beside its own, weight norms that would do nothing or have no direction."""
     scheme = SCHEMES[model.scheme.name](**model.scheme.fields)
+    if model.init and not scheme.leaves_init_open:
+        yield f"model.init: the scheme has an init of its own, which makes it what it is; remove {model.init.name!r}"
+    if model.init and model.init.name == "lsuv" and model.weight_norm:
+        yield "model.weight_norm: what LSUV scales, a weight norm would undo; remove one of the two"
     for role in model.weight_norm.roles if model.weight_norm else []:
         kind: Kind = "ffn" if role in {"gate", "up", "down"} else "attn"
         site = None if role in {"embed", "head"} else Site(0, model.n_layers, kind, model.dim)

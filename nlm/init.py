@@ -1,5 +1,6 @@
 """Filling a model: every value depends on (seed, name) only, never on the order or the place of the others."""
 
+from collections.abc import Mapping
 from hashlib import blake2b
 
 import torch
@@ -10,16 +11,17 @@ from nlm.model import Transformer, held
 
 
 @torch.no_grad()
-def init(model: Transformer, seed: int) -> Transformer:
+def init(model: Transformer, seed: int, scales: Mapping[str, float] | None = None) -> Transformer:
     """Fills what this rank holds of every parameter and buffer, in the scheme's way, projected where it projects.
 
     Tensors that start at a constant or a table come from their module's `initial`, those of a weight norm perhaps from
-    the matrix that it belongs to; every other one is a matrix and is drawn whole from N(0, scheme.std²).
+    the matrix that it belongs to; every other one is a matrix, which the scheme makes of normal numbers; those named in
+    `scales` are multiplied by what stands there.
     """
     parameters = {h.name: h for h in held(model)}
 
     def drawn(name: str) -> Tensor:
-        return _drawn(name, parameters[name].weight, model, seed)
+        return _drawn(name, parameters[name].weight, model, seed) * (scales or {}).get(name, 1.0)
 
     for prefix, module in model.named_modules():
         initial = getattr(module, "initial", {})
@@ -47,7 +49,7 @@ def to_unit(matrix: Tensor, axis: int, left_out: Tensor | None = None) -> None:
 def _drawn(name: str, weight: Weight, model: Transformer, seed: int) -> Tensor:
     digest = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    matrix = torch.randn(weight.shape, generator=generator) * model.scheme.std(weight)
+    matrix = model.scheme.matrix(torch.randn(weight.shape, generator=generator), weight)
     if (axis := model.scheme.unit_axis(weight)) is not None:
         to_unit(matrix, axis)
     return matrix

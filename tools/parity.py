@@ -152,6 +152,9 @@ VARIANT_ROWS = {
             {},
             data={"document_mask": True},
         ),
+        variant("orthogonal", ["fsdp2xtp2xpp2"], {"init": "orthogonal"}),
+        variant("LSUV", ["tp2xpp2", "fsdp2xtp2xpp2", "zero1xtp2"], {"init": "lsuv"}),
+        variant("µP", ["fsdp2xtp2xpp2", "zero1xtp2"], {"init": {"name": "mup", "base_dim": 16}}),
         variant("sparse softmax", ["tp2+sp", "fsdp2xtp2xpp2"], {}, train={"sparse_softmax_k": 5}),
         variant("one block a unit", ["fsdp2", "fsdp2xtp2"], {}, parallel={"blocks_per_unit": 1}),
         variant(

@@ -1,4 +1,4 @@
-"""What a normalization scheme is: one equation and at most seven rules, and the parts it may use."""
+"""What a normalization scheme is: one equation and a few rules, and the parts it may use."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -84,6 +84,11 @@ class Scheme(ABC):
         """Which sublayers a layer has, in their order."""
         return "attn", "ffn"
 
+    @property
+    def leaves_init_open(self) -> bool:
+        """Whether another init may take the place of its own."""
+        return type(self).std is Scheme.std
+
     @abstractmethod
     def residual(self, site: Site) -> Residual:
         """The equation of one sublayer."""
@@ -95,6 +100,10 @@ class Scheme(ABC):
     def std(self, weight: Weight) -> float:
         """Standard deviation of a matrix at initialization."""
         return weight.shape[1] ** -0.5 if weight.role in {Role.EMBED, Role.HEAD} else xavier(weight)
+
+    def matrix(self, normal: Tensor, weight: Weight) -> Tensor:
+        """A matrix at initialization, of standard normal numbers of its shape."""
+        return normal * self.std(weight)
 
     def group(self, weight: Weight) -> Group:
         """Learning-rate and weight-decay multipliers; by default only matrices decay."""

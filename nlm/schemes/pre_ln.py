@@ -14,7 +14,8 @@ def pre_ln(x: Tensor, f: Branch, norm: Branch) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PreLN(Scheme):
-    """`residual_init`: W_o and W_down start smaller by 1/sqrt(2L), as in GPT-2, so that the stream stays O(1)."""
+    """`residual_init`: W_o and W_down start smaller by 1/sqrt(2L), as in GPT-2, so that the stream stays O(1); unless
+    model.init is another."""
 
     residual_init: bool = True
 
@@ -23,6 +24,10 @@ class PreLN(Scheme):
 
     def slots(self, site: Site) -> Slots:
         return {"final": Norm()} if site.kind == "stack" else {}
+
+    @property
+    def leaves_init_open(self) -> bool:
+        return True
 
     def std(self, weight: Weight) -> float:
         std = super().std(weight)

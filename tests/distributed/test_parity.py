@@ -48,6 +48,7 @@ def chosen() -> Iterator[tuple[Row, str]]:
         ("document mask", "pp2-zbv"),
         ("document mask", "zero1"),
         ("sparse softmax", "tp2+sp"),
+        ("LSUV", "tp2xpp2"),
     ):
         yield VARIANT_ROWS[name], layout
     yield DEEP_ROWS["200 layers"], "pp4-zbv"
