@@ -10,12 +10,13 @@ import torch
 from pydantic import ConfigDict, ValidationError, create_model
 
 from nlm.attention import SCORES
-from nlm.config import AttentionChoice, Config, ConfigError, Table, describe, nearest, read_table
+from nlm.config import AttentionChoice, Config, ConfigError, OptimConfig, Table, describe, nearest, read_table
 from nlm.init import init
 from nlm.layout import layout_problems
 from nlm.mesh import Mesh
 from nlm.model import Part, Transformer, held
 from nlm.norms import NORMS
+from nlm.optim import OPTIMIZERS
 from nlm.parallel.compile import compile_model
 from nlm.parallel.engine import Engine, WholeEngine
 from nlm.parallel.pipeline import PipelineEngine, split, stages_of
@@ -44,6 +45,7 @@ def parse_config(table: Table) -> Config:
         problems += error.problems
     model = table.get("model")
     problems += _bad_choices(model) if isinstance(model, dict) else []
+    problems += _bad_optimizer(table.get("optim"))
     if problems or config is None:
         raise ConfigError(problems)
     return config
@@ -105,6 +107,12 @@ def _bad_choices(model: Mapping[str, Any]) -> Iterable[str]:
         yield from _bad_choice("model.attention", "score", {"score": AttentionChoice().score} | attention, SCORES)
 
 
+def _bad_optimizer(optim: Any) -> Iterable[str]:
+    if isinstance(optim, Mapping):
+        own = {k: v for k, v in optim.items() if k == "name" or k not in OptimConfig.model_fields}
+        yield from _bad_choice("optim", "name", {"name": OptimConfig.model_fields["name"].default} | own, OPTIMIZERS)
+
+
 def _bad_choice(key: str, selector: str, table: Any, choices: Mapping[str, type]) -> Iterable[str]:
     if not isinstance(table, Mapping) or not isinstance(name := table.get(selector), str):
         return  # missing or of the wrong type: reported with the config's own problems
@@ -113,7 +121,9 @@ def _bad_choice(key: str, selector: str, table: Any, choices: Mapping[str, type]
         return
     parameters = inspect.signature(choices[name]).parameters.values()
     fields: dict[str, Any] = {
-        p.name: (p.annotation, p.default) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY
+        p.name: (p.annotation, ... if p.default is p.empty else p.default)
+        for p in parameters
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
     }
     Fields = create_model(name, __config__=ConfigDict(extra="forbid", strict=True), **fields)
     try:

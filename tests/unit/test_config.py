@@ -52,7 +52,7 @@ def test_defaults(minimal: Path) -> None:
     ("override", "section", "key", "value"),
     [
         ("optim.lr=5e-4", "optim", "lr", 5e-4),
-        ("optim.betas=[0.8, 0.9]", "optim", "betas", (0.8, 0.9)),
+        ("optim.betas=[0.8, 0.9]", "optim", "betas", [0.8, 0.9]),
         ("model.tied=true", "model", "tied", True),
         ("model.norm=rmsnorm", "model", "norm", "rmsnorm"),
         ('data.train="a=b"', "data", "train", "a=b"),
