@@ -51,7 +51,7 @@ class Projected(Descent):
         torch._foreach_sub_(directions, torch._foreach_mul(w, rows.spread(radial)))
 
     def decay_less(self, directions: Tensors, factor: float = 1.0) -> None:
-        self.decay(directions, self.pieces.each(factor * torch.where(self.projected, self.wd_ratio, 1.0)))
+        self.decay(directions, self.pieces.each(factor * (1 - self.projected.double() * (1 - self.wd_ratio))))
 
 
 class AdamP(Projected):

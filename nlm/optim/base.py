@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from nlm.parallel.pieces import Pieces
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 """One a piece."""
+Number = float | Tensor
 
 
 class Optimizer(ABC):
@@ -94,16 +96,18 @@ class Descent(Optimizer):
         """[]: the number of this update, from 1, also where a run's first is left out."""
         return self.updates.clamp(min=1)
 
-    def add(self, states: Tensors, values: Tensors, keep: float | Tensor, take: float | Tensor) -> None:
-        """s ← keep · s + take · v, in place."""
+    def add(
+        self, states: Tensors, values: Tensors, keep: Number, take: Number, when: Tensor | Literal[True] = True
+    ) -> None:
+        """s ← keep · s + take · v, in place, when `when` [] bool is true."""
         if states:
-            torch._foreach_mul_(states, torch.where(self.left_out, 1.0, keep).to(states[0]))
-            taken = torch.where(self.left_out, 0.0, take).to(states[0])
-            torch._foreach_add_(states, torch._foreach_mul(values, taken))
+            takes_part = (~self.left_out & when).double()
+            torch._foreach_mul_(states, (1 - takes_part * (1 - keep)).to(states[0]))
+            torch._foreach_add_(states, torch._foreach_mul(values, (takes_part * take).to(states[0])))
 
-    def average(self, states: Tensors, values: Tensors, beta: float | Tensor) -> None:
-        """s ← β s + (1 − β) v, in place."""
-        self.add(states, values, beta, 1 - beta)
+    def average(self, states: Tensors, values: Tensors, beta: Number, when: Tensor | Literal[True] = True) -> None:
+        """s ← β s + (1 − β) v, in place, when `when` [] bool is true."""
+        self.add(states, values, beta, 1 - beta, when)
 
     def decay(self, directions: Tensors, factors: Tensors | None = None) -> None:
         """u ← u + λ w, in place; `factors` [] multiply λ."""

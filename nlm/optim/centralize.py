@@ -15,7 +15,7 @@ def centralization(pieces: Pieces) -> Callable[[list[Tensor]], None]:
     """G ← G − mean(G) over the inputs of each output, in place; vectors stay as they are."""
     rows = Slices(pieces, over=1)
     matrices = torch.tensor([w.role in MATRICES for w in pieces.weights.values()], device=pieces.mesh.device)
-    factors = (matrices / rows.lengths)[rows.owner]
+    factors = (matrices.double() / rows.lengths)[rows.owner]
 
     def centralize(gradients: list[Tensor]) -> None:
         torch._foreach_sub_(gradients, rows.spread(rows.sums(gradients)[0] * factors))

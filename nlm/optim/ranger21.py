@@ -51,9 +51,7 @@ class Ranger21(Descent):
     def update(self, lr: float, gradients: Tensors) -> None:
         super().update(lr, gradients)
         merges = (self.updates % self.every == 0) & ~self.left_out
-        self.add(
-            self.slow, self.weights, torch.where(merges, 1 - self.alpha, 1.0), torch.where(merges, self.alpha, 0.0)
-        )
+        self.add(self.slow, self.weights, 1 - self.alpha, self.alpha, when=merges)
         for weight, slow in zip(self.weights, self.slow, strict=True):
             weight.copy_(slow.where(merges, weight))
 
@@ -63,7 +61,7 @@ class Ranger21(Descent):
         self.average(self.v, torch._foreach_mul(g, g), beta2)
         odd = t % 2 == 1
         for m, now in ((self.m_odd, odd), (self.m_even, ~odd)):
-            self.average(m, g, torch.where(now, beta1**2, 1.0))
+            self.average(m, g, beta1**2, when=now)
         new, old = torch.where(odd, 2.0, -1.0), torch.where(odd, -1.0, 2.0)
         factor = 1 / (5**0.5 * (1 - beta1**t))
         torch._foreach_copy_(g, torch._foreach_mul(self.m_odd, (new * factor).to(g[0])))
@@ -73,7 +71,8 @@ class Ranger21(Descent):
 
         vs, squares = self.rows.sums(self.v, products(self.weights, self.weights))
         mean_v = vs.sum() / (1 - beta2**t) / self.sizes.sum()
-        self.decay(g, self.pieces.each(mean_v.rsqrt().expand(len(self.sizes))))
+        stable = mean_v.rsqrt().where(mean_v > 0, 0)  # of a batch without targets there is no gradient
+        self.decay(g, self.pieces.each(stable.expand(len(self.sizes))))
         pull = 2 * self.norm_loss * (1 - 1 / (squares.sqrt() + self.eps)) * self.in_matrix
         torch._foreach_add_(g, torch._foreach_mul(self.weights, self.rows.spread(pull)))
 

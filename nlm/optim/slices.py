@@ -22,7 +22,7 @@ class Slices:
         device = pieces.mesh.device
         shapes = [(1, *weight.shape)[-2:] for weight in pieces.weights.values()]
         self.counts = [shape[1 - over] for shape in shapes]
-        self.n = sum(self.counts)
+        self.n, self._counts = sum(self.counts), torch.tensor(self.counts, device=device)
         self.lengths = torch.tensor([shape[over] for shape in shapes], device=device)
         """[P]: how many elements a slice has."""
         self.owner = torch.arange(len(shapes)).repeat_interleave(torch.tensor(self.counts)).to(device)
@@ -58,11 +58,15 @@ class Slices:
 
     def total(self, joint: Tensor) -> Tensor:
         """[… N] -> [… P]: the sum over all slices of a parameter."""
-        return joint.new_zeros(*joint.shape[:-1], len(self.counts)).index_add_(-1, self.owner, joint)
+        return self._reduce(joint, "sum")
 
     def greatest(self, joint: Tensor) -> Tensor:
-        """[N], none negative -> [P]."""
-        return joint.new_zeros(len(self.counts)).scatter_reduce_(0, self.owner, joint, "amax")
+        """[N] -> [P]."""
+        return self._reduce(joint, "max")
+
+    def _reduce(self, joint: Tensor, how: str) -> Tensor:
+        """In an order that is the same on every rank, as that of `index_add_` on a GPU is not."""
+        return torch.segment_reduce(joint.movedim(-1, 0), how, lengths=self._counts, unsafe=True).movedim(0, -1)
 
     def by_parameter(self, joint: Tensor) -> dict[str, Tensor]:
         """[N] -> under the parameter's name, a view of its slices."""

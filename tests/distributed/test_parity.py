@@ -6,10 +6,26 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
-from parity import DEEP_ROWS, LAYOUTS, NORM_ROWS, SCHEME_ROWS, VARIANT_ROWS, Ranks, Reference, Row, cell, write_tokens
+from parity import (
+    DEEP_ROWS,
+    LAYOUTS,
+    NORM_ROWS,
+    OPTIMIZER_ROWS,
+    SCHEME_ROWS,
+    VARIANT_ROWS,
+    Ranks,
+    Reference,
+    Row,
+    cell,
+    write_tokens,
+)
+
+from nlm.build import parse_config
+from nlm.compare import differences
 
 SCHEMES = list(SCHEME_ROWS.values())
 
@@ -37,6 +53,9 @@ def chosen() -> Iterator[tuple[Row, str]]:
         ("document mask", "zero1"),
     ):
         yield VARIANT_ROWS[name], layout
+    for row, layout in zip(OPTIMIZER_ROWS.values(), cycle(("fsdp2", "tp2+sp", "fsdp2xtp2")), strict=False):
+        yield row, layout
+    yield OPTIMIZER_ROWS["adamp"], "zero1"
     yield DEEP_ROWS["200 layers"], "pp4-zbv"
 
 
@@ -59,11 +78,14 @@ class Prover:
     def close(self) -> None:
         self.ranks.close()
 
-    def prove(self, row: Row, layout: str) -> None:
+    def reference(self, row: Row) -> Reference:
         key = (row.name, row.precision)
         if key not in self.references:
             self.references[key] = Reference(row, self.folder, self.ranks)
-        found = cell(row, layout, self.folder, self.references[key], self.ranks)
+        return self.references[key]
+
+    def prove(self, row: Row, layout: str) -> None:
+        found = cell(row, layout, self.folder, self.reference(row), self.ranks)
         assert found.good and not found.text.startswith("refused"), found.text
 
 
@@ -89,6 +111,20 @@ def test_a_stream_reaches_every_rank(prover: Prover) -> None:
         prover.prove(row, layout)
 
 
+@pytest.mark.parametrize("name", ["adafactor", "muon", "ranger21"])
+def test_another_layout_goes_on(name: str, prover: Prover) -> None:
+    """With optimizer state that every rank has, that some pieces have, and that does not begin at zero."""
+    row, run = replace(OPTIMIZER_ROWS[name], precision="fp64"), prover.folder / name
+    for layout, last in ((None, 3), ("fsdp2xtp2", None)):
+        table = row.config(prover.folder, layout).model_dump(exclude_none=True)
+        table["log"]["dir"] = str(run)
+        table["train"] |= {"stop_after": last} if last else {}
+        prover.ranks.train(parse_config(table))
+    found = differences(run, prover.reference(row).run)
+    assert max(difference.size for difference in found.values()) < 1e-6
+    assert max(found[kind].size for kind in ("loss", "parameters", "optimizer")) < 1e-9
+
+
 def test_everything_is_in_it() -> None:
     assert {layout for (_, layout), _ in CELLS} == set(LAYOUTS)
-    assert {name for (name, _), _ in CELLS} >= set(SCHEME_ROWS) | set(NORM_ROWS)
+    assert {name for (name, _), _ in CELLS} >= set(SCHEME_ROWS) | set(NORM_ROWS) | set(OPTIMIZER_ROWS)

@@ -80,6 +80,13 @@ def test_another_scheme_drops_the_fields_of_the_former(minimal: Path) -> None:
     assert load_config(minimal, ["model.scheme.name=post_ln"]).model.scheme.fields == {}
 
 
+def test_another_optimizer_drops_the_fields_of_the_former_and_keeps_the_schedule(minimal: Path) -> None:
+    minimal.write_text(MINIMAL.replace("lr = 1e-3", "lr = 1e-3\nname = 'adamp'\ndelta = 0.2\nwarmup_steps = 2"))
+    optim = load_config(minimal, ["optim.name=lion", "optim.betas=[0.9, 0.98]"]).optim
+    assert (optim.lr, optim.warmup_steps, optim.fields) == (1e-3, 2, {"betas": [0.9, 0.98]})
+    assert load_config(minimal, ["optim.lr=1"]).optim.fields == {"delta": 0.2}
+
+
 def test_written_and_read_again_it_is_the_same(minimal: Path) -> None:
     config = load_config(minimal, ["model.scheme.residual_init=false", "data.validation=more", "optim.betas=[0.5,0.6]"])
     again = minimal.parent / "again.toml"
