@@ -4,7 +4,7 @@ UNVERIFIED: from a summary of the paper's algorithm, without its text or code. O
 front of which and after which there is no norm to make their scale irrelevant: by default the head.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat
@@ -42,7 +42,9 @@ class LAWN(Descent):
         self.free_steps, self.warmup_again = free_steps, warmup_again
         chosen = [weight.role in roles for weight in pieces.weights.values()]
         if not any(chosen):
-            raise ValueError(f"optim.roles: the model has no weight of {', '.join(roles)}; choose others of {Matrix}")
+            raise ValueError(
+                f"optim.roles: the model has no weight of {', '.join(roles)}; choose of {', '.join(get_args(Matrix))}"
+            )
         self.chosen = torch.tensor(chosen, device=pieces.mesh.device)
         self.weight_decays = [
             0.0 if h.weight.role in roles else decay for h, decay in zip(pieces.held, self.weight_decays, strict=True)

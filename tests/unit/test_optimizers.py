@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.linalg import norm
 from torch import Tensor
 
-from nlm.build import build_engine
+from nlm.build import build_engine, load_config
 from nlm.config import Config, ConfigError
 from nlm.mesh import Mesh
 from nlm.optim import OPTIMIZERS
@@ -23,6 +24,7 @@ Array = np.ndarray
 Arrays = dict[str, Array]
 State = dict[str, Any]
 
+ROOT = Path(__file__).parents[2]
 STEPS = 7
 LR, DECAY = 3e-2, 0.3
 REQUIRED: dict[str, dict[str, Any]] = {"lawn": {"free_steps": 3}}
@@ -398,6 +400,19 @@ def test_scale_invariant_weights_are_projected(
             assert share == 0, weight
     others = [share for w, share in zip(kinds, often.tolist(), strict=True) if w.role in {"up", "head"}]
     assert sum(others) / len(others) < 0.25
+
+
+def test_a_constraint_on_no_weight_is_refused(make_config: MakeConfig) -> None:
+    config = make_config({"tied": True}, optim={"name": "lawn", "free_steps": 1})
+    with pytest.raises(ValueError, match=r"optim\.roles: the model has no weight of head; choose of embed, q, "):
+        build_engine(config, Mesh())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/optimizers").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_recipes_are_valid(path: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f"extends = ['{ROOT}/configs/runs/own-text.toml', '{path}']")
+    assert load_config(config).optim.name == path.stem
 
 
 @pytest.mark.parametrize(
