@@ -209,6 +209,7 @@ OPTIMIZER_ROWS = {
                 optim={"name": name} | OWN_FIELDS.get(name, {"eps": EPS}),
             )
             for name in OPTIMIZERS
+            if name != "adamw"  # every other row's
         ),
         variant("agc", DIVIDING, {"bias": True}, optim={"eps": EPS, "agc": 1e-2}),
         variant("centralize", DIVIDING, {"tied": True}, optim={"eps": EPS, "centralize": True}),

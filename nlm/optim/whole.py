@@ -23,7 +23,10 @@ def apply_whole(
     largest = max(prod(pieces.weights[name].shape) for name in names)
     at_a_time = max(ranks, BUCKET_ELEMENTS // largest)
     for start in range(0, len(names), at_a_time):
-        matrices = {name: tensors[0].new_zeros(pieces.weights[name].shape) for name in names[start:][:at_a_time]}
+        matrices = {
+            name: tensors[0].new_zeros(pieces.weights[name].shape, device=mesh.device)
+            for name in names[start:][:at_a_time]
+        }
         parts = [
             (t, h.part_of(matrices[h.name])) for h, t in zip(pieces.held, tensors, strict=True) if h.name in matrices
         ]
