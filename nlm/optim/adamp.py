@@ -39,13 +39,14 @@ class Projected(Descent):
         w = self.weights
         sums = self.rows.sums(products(gradients, w), products(gradients, gradients), products(w, w))
         self.by_row = self.rows.greatest(_cosine(*sums)) < self.row_limits
+        self.squares = sums[2]
         self.as_whole = ~self.by_row & (_cosine(*self.rows.total(sums)) < self.whole_limits)
         self.projected = self.by_row | self.as_whole
 
     def project(self, directions: Tensors) -> None:
         """u ← u − ŵ ⟨ŵ, u⟩ for the weights that were judged so, in place."""
         rows, w = self.rows, self.weights
-        sums = rows.sums(products(w, directions), products(w, w))
+        sums = torch.stack([rows.sums(products(w, directions))[0], self.squares])
         by_row, as_whole = _coefficient(*sums), _coefficient(*rows.total(sums))
         radial = by_row.where(self.by_row[rows.owner], as_whole.where(self.as_whole, 0)[rows.owner])
         torch._foreach_sub_(directions, torch._foreach_mul(w, rows.spread(radial)))
