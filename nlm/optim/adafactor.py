@@ -32,7 +32,7 @@ class Adafactor(Descent):
         self.exponent, self.update_clip, self.eps = decay, update_clip, eps
         self.relative, self.least_rms = relative, least_rms
         self.rows, self.columns = Slices(pieces, over=1), Slices(pieces, over=0)
-        self.root_sizes = (self.rows.lengths * self.columns.lengths).double().sqrt()
+        self.root_sizes = self.rows.sizes.double().sqrt()
         self.r = self.share("exp_avg_sq_row", self.rows)
         self.c = self.share("exp_avg_sq_col", self.columns)
 

@@ -28,10 +28,9 @@ class Projected(Descent):
         super().__init__(pieces, config)
         self.wd_ratio = wd_ratio
         self.rows = rows = Slices(pieces, over=1)
-        matrices = torch.tensor([w.role in MATRICES for w in pieces.weights.values()], device=pieces.mesh.device)
-        counts = torch.tensor(rows.counts, device=pieces.mesh.device)
+        matrices = pieces.which(lambda weight: weight.role in MATRICES)
         self.row_limits = delta / rows.lengths.double().sqrt() * matrices
-        self.whole_limits = delta / (rows.lengths * counts).double().sqrt() * matrices
+        self.whole_limits = delta / rows.sizes.double().sqrt() * matrices
         self.by_row = self.as_whole = self.projected = torch.zeros_like(matrices)
 
     def judge(self, gradients: Tensors) -> None:

@@ -21,7 +21,7 @@ def adaptive_clipping(pieces: Pieces, factor: float) -> Callable[[list[Tensor]],
     divides by the gradient's size, only what changes from step to step is left of it.
     """
     rows = Slices(pieces, over=1)
-    head = torch.tensor([w.role == Role.HEAD for w in pieces.weights.values()], device=pieces.mesh.device)[rows.owner]
+    head = pieces.which(lambda weight: weight.role == Role.HEAD)[rows.owner]
 
     def clip(gradients: list[Tensor]) -> None:
         weights = pieces.tensors

@@ -14,7 +14,7 @@ from nlm.parallel.pieces import Pieces
 def centralization(pieces: Pieces) -> Callable[[list[Tensor]], None]:
     """G ← G − mean(G) over the inputs of each output, in place; vectors stay as they are."""
     rows = Slices(pieces, over=1)
-    matrices = torch.tensor([w.role in MATRICES for w in pieces.weights.values()], device=pieces.mesh.device)
+    matrices = pieces.which(lambda weight: weight.role in MATRICES)
     factors = (matrices.double() / rows.lengths)[rows.owner]
 
     def centralize(gradients: list[Tensor]) -> None:

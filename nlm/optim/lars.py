@@ -19,8 +19,7 @@ class Trusting(Descent):
 
     def __init__(self, pieces: Pieces, config: OptimConfig) -> None:
         super().__init__(pieces, config)
-        decays = [pieces.scheme.group(weight).weight_decay for weight in pieces.weights.values()]
-        self.trusted = torch.tensor(decays, device=pieces.mesh.device) > 0
+        self.trusted = pieces.which(lambda weight: pieces.scheme.group(weight).weight_decay > 0)
 
     def trust(self, directions: Tensors, ratios: Tensor) -> None:
         """In place: u times the trust ratio [P], 1 where that is 0, not finite or of no trusted parameter."""

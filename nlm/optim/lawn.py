@@ -40,12 +40,11 @@ class LAWN(Descent):
     ) -> None:
         super().__init__(pieces, config)
         self.free_steps, self.warmup_again = free_steps, warmup_again
-        chosen = [weight.role in roles for weight in pieces.weights.values()]
-        if not any(chosen):
+        self.chosen = pieces.which(lambda weight: weight.role in roles)
+        if not self.chosen.any():
             raise ValueError(
                 f"optim.roles: the model has no weight of {', '.join(roles)}; choose of {', '.join(get_args(Matrix))}"
             )
-        self.chosen = torch.tensor(chosen, device=pieces.mesh.device)
         self.weight_decays = [
             0.0 if h.weight.role in roles else decay for h, decay in zip(pieces.held, self.weight_decays, strict=True)
         ]

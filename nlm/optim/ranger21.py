@@ -41,9 +41,8 @@ class Ranger21(Descent):
         self.betas, self.eps, self.softplus, self.norm_loss = betas, eps, softplus, norm_loss
         self.every, self.alpha = lookahead_every, lookahead
         self.rows = Slices(pieces, over=1)
-        matrices = torch.tensor([w.role in MATRICES for w in pieces.weights.values()], device=pieces.mesh.device)
-        self.in_matrix = matrices[self.rows.owner]
-        self.sizes = self.rows.lengths * torch.tensor(self.rows.counts, device=pieces.mesh.device)
+        self.in_matrix = pieces.which(lambda weight: weight.role in MATRICES)[self.rows.owner]
+        self.sizes = self.rows.sizes
         self.m_odd, self.m_even, self.v = self.keep("exp_avg"), self.keep("exp_avg_even"), self.keep("exp_avg_sq")
         self.slow = self.keep("slow")
         torch._foreach_copy_(self.slow, self.weights)

@@ -25,6 +25,8 @@ class Slices:
         self.n, self._counts = sum(self.counts), torch.tensor(self.counts, device=device)
         self.lengths = torch.tensor([shape[over] for shape in shapes], device=device)
         """[P]: how many elements a slice has."""
+        self.sizes = self.lengths * self._counts
+        """[P]: how many elements a parameter has."""
         self.owner = torch.arange(len(shapes)).repeat_interleave(torch.tensor(self.counts)).to(device)
         """[N]: the number of the parameter that a slice is of."""
         starts = dict(zip(pieces.weights, accumulate(self.counts, initial=0), strict=False))

@@ -1,6 +1,6 @@
 """What the ranks hold of the parameters, as plain tensors, and what only all of them together know of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -97,6 +97,10 @@ class Pieces:
             norms = torch.stack(torch._foreach_norm(parts))
             squares.index_add_(0, self._places, norms.to(squares).square())
         return self.mesh.sum(squares).sqrt()
+
+    def which(self, is_so: Callable[[Weight], bool]) -> Tensor:
+        """[P] bool: of which parameters it is so."""
+        return torch.tensor([is_so(weight) for weight in self.weights.values()], device=self.mesh.device)
 
     def each(self, values: Tensor) -> tuple[Tensor, ...]:
         """One number a parameter [P] -> each piece's, [] each, of the kind of the pieces."""
