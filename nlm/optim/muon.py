@@ -46,11 +46,11 @@ class Muon(Descent):
         self.average(self.m, u, self.momentum)
         for tensor, m in zip(u, self.m, strict=True):
             tensor.lerp_(m, self.momentum)
-        apply_whole(update, self.pieces, self.names, gradients)
+        apply_whole(direction, self.pieces, self.names, gradients)
         self.decay(gradients)
 
 
-def update(momentum: Tensor) -> Tensor:
+def direction(momentum: Tensor) -> Tensor:
     """[out in] -> [out in], of RMS about 0.2."""
     return 0.2 * max(momentum.shape) ** 0.5 * orthogonal(momentum)
 

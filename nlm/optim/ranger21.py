@@ -43,7 +43,7 @@ class Ranger21(Descent):
         self.rows = Slices(pieces, over=1)
         self.in_matrix = pieces.which(lambda weight: weight.role in MATRICES)[self.rows.owner]
         self.sizes = self.rows.sizes
-        self.m_odd, self.m_even, self.v = self.keep("exp_avg"), self.keep("exp_avg_even"), self.keep("exp_avg_sq")
+        self.m_odd, self.m_even, self.v = self.keep("exp_avg_odd"), self.keep("exp_avg_even"), self.keep("exp_avg_sq")
         self.slow = self.keep("slow")
         torch._foreach_copy_(self.slow, self.weights)
 
