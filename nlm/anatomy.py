@@ -134,4 +134,3 @@ class Group:
 
     lr: float = 1.0
     weight_decay: float = 1.0
-    optimizer: Literal["adamw"] = "adamw"

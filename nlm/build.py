@@ -15,6 +15,7 @@ from nlm.config import (
     Config,
     ConfigError,
     ModelConfig,
+    OptimConfig,
     Table,
     WeightNormChoice,
     describe,
@@ -27,6 +28,7 @@ from nlm.lsuv import unit_variance_scales
 from nlm.mesh import Mesh
 from nlm.model import Part, Transformer, held
 from nlm.norms import NORMS
+from nlm.optim import OPTIMIZERS
 from nlm.parallel.compile import compile_model
 from nlm.parallel.engine import Engine, WholeEngine
 from nlm.parallel.pipeline import PipelineEngine, split, stages_of
@@ -59,6 +61,7 @@ def parse_config(table: Table) -> Config:
         problems += error.problems
     model = table.get("model")
     problems += _bad_choices(model) if isinstance(model, dict) else []
+    problems += _bad_optimizer(table.get("optim"))
     if config is not None and not problems:
         problems += _overruled(config.model)
     if problems or config is None:
@@ -171,6 +174,12 @@ def _overruled(model: ModelConfig) -> Iterable[str]:
             yield f"model.weight_norm.roles: in this scheme {role!r} starts at 0, which has no direction; leave it out"
 
 
+def _bad_optimizer(optim: Any) -> Iterable[str]:
+    if isinstance(optim, Mapping):
+        own = {k: v for k, v in optim.items() if k == "name" or k not in OptimConfig.model_fields}
+        yield from _bad_choice("optim", {"name": OptimConfig.model_fields["name"].default} | own, OPTIMIZERS)
+
+
 def _bad_choice(
     key: str, table: Any, choices: Mapping[str, type], selector: str = "name", also: Collection[str] = ()
 ) -> Iterable[str]:
@@ -183,7 +192,9 @@ def _bad_choice(
         return
     parameters = inspect.signature(choices[name]).parameters.values()
     fields: dict[str, Any] = {
-        p.name: (p.annotation, p.default) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY
+        p.name: (p.annotation, ... if p.default is p.empty else p.default)
+        for p in parameters
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
     }
     Fields = create_model(name, __config__=ConfigDict(extra="forbid", strict=True), **fields)
     try:

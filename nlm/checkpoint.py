@@ -5,7 +5,7 @@ A checkpoint is a folder `checkpoints/step-00000100/` with
     config.toml            the resolved config
     data.json              what the data was, and where streams stand
     state.safetensors      the random number generators, and by what the next steps are judged (see guard)
-    tensors/               every parameter under its canonical name, and NAME.exp_avg and NAME.exp_avg_sq (see storage)
+    tensors/               every parameter under its canonical name, its optimizer state as NAME.exp_avg … (see storage)
     checksums.json         SHA-256 of all of these
 
 It is written beside its final name, flushed to the disk and renamed. Reading it executes no code.
@@ -17,9 +17,10 @@ import os
 import shutil
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -214,10 +215,8 @@ def resume(path: Path, engine: Engine, corpus: Corpus, guard: Guard) -> int:
     pieces = engine.pieces.held
     _read(path, [_rectangle(h.name, h, h.tensor) for h in pieces])
     engine.start_after(guard.updates)
-    moments = engine.moments().items()
-    _read(
-        path, [_rectangle(f"{h.name}.{f}", h, t) for f, all_of in moments for h, t in zip(pieces, all_of, strict=True)]
-    )
+    own = map(_state, pieces, engine.optimizer.state)
+    _read(path, [*chain.from_iterable(own), *_shared(engine)])
     corpus.load_state(_json(path / "data.json")["state"])
     return saved_step(path)
 
@@ -226,7 +225,7 @@ def refuse_changed_model(path: Path, config: Config) -> None:
     """Errors: ConfigError naming every key that would make another model, or other data, of the checkpoint's run."""
     saved, now = checkpoint_config(path).model_dump(), config.model_dump()
     kept = [f"model.{key}" for key in saved["model"] | now["model"]]
-    kept += ["train.seq_len", "train.batch_tokens", "train.seed", "data.train", "data.document_mask"]
+    kept += ["optim.name", "train.seq_len", "train.batch_tokens", "train.seed", "data.train", "data.document_mask"]
     problems = []
     for key in kept:
         section, _, name = key.partition(".")
@@ -262,13 +261,22 @@ def differences(saved: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def _rectangles(engine: Engine) -> Iterator[Rectangle]:
-    """What this rank stands for, of the parameters and of both moments."""
-    pieces, moments = engine.pieces, engine.moments()
-    for i in pieces.counted:
-        h = pieces.held[i]
+    """What this rank stands for, of the parameters and of their optimizer state."""
+    for i in engine.pieces.counted:
+        h = engine.pieces.held[i]
         yield _rectangle(h.name, h, h.tensor)
-        for field, tensors in moments.items():
-            yield _rectangle(f"{h.name}.{field}", h, tensors[i])
+        yield from _state(h, engine.optimizer.state[i])
+    if engine.mesh.speaks:
+        yield from _shared(engine)
+
+
+def _state(h: Held, state: Mapping[str, Tensor]) -> Iterator[Rectangle]:
+    return (_rectangle(f"{h.name}.{field}", h, tensor) for field, tensor in state.items())
+
+
+def _shared(engine: Engine) -> Iterator[Rectangle]:
+    """The optimizer state that every rank has as a whole."""
+    return (Rectangle(name, tuple(t.shape), (0,) * t.dim(), t) for name, t in engine.optimizer.shared.items())
 
 
 def _rectangle(name: str, h: Held, tensor: Tensor) -> Rectangle:

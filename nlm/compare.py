@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nlm.checkpoint import TENSORS, checkpoints
-from nlm.parallel.engine import MOMENTS
 from nlm.statistics.store import STEP, read_layers
 from nlm.storage import read_all
 
@@ -69,7 +68,8 @@ def _tensors(run: Path, reference: Path) -> Iterator[tuple[str, str, float]]:
     ours, theirs = (read_all(checkpoints(r)[-1] / TENSORS) for r in (run, reference))
     _require_same(run, "tensors", ours, theirs)
     for name in theirs:
-        kind = "optimizer" if name.endswith(MOMENTS) else "parameters"
+        of = name.rpartition(".")[0]  # a parameter's state lies under the parameter's name
+        kind = "optimizer" if of in theirs else "parameters"
         yield kind, name, by_norm(_in_its_units(name, ours), _in_its_units(name, theirs))
 
 
@@ -80,9 +80,9 @@ def _require_same(run: Path, what: str, ours: Mapping[Any, Any], theirs: Mapping
 
 
 def _in_its_units(name: str, tensors: Mapping[str, Tensor]) -> NDArray[Any]:
-    """A parameter or a moment; of the second moment the root, which is in the gradient's units and what AdamW uses."""
+    """A parameter or its state; of a second moment the root, which is in the gradient's units and what is used."""
     tensor = tensors[name]
-    return (tensor.sqrt() if name.endswith("exp_avg_sq") else tensor).numpy()  # type: ignore[no-any-return]
+    return (tensor.sqrt() if "exp_avg_sq" in name else tensor).numpy()  # type: ignore[no-any-return]
 
 
 def by_number(ours: Any, theirs: Any) -> float:

@@ -28,6 +28,9 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 Table = dict[str, Any]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+"""How much of an average is left after a step: the first moment's, the second's."""
 
 
 class ConfigError(ValueError):
@@ -146,18 +149,21 @@ class TrainConfig(Section):
     sparse_softmax_k: PositiveInt | None = None
 
 
-class OptimConfig(Section):
-    """AdamW and its schedule: linear warmup to `lr`, then `schedule` down to `final_lr_frac` · lr.
+class OptimConfig(Choice):
+    """The optimizer `name`, what is done to the gradients before it, and the schedule: linear warmup to `lr`, then
+    `schedule` down to `final_lr_frac` · lr. The other keys are the optimizer's own, such as `betas`.
 
-    `decay_frac` is the share of all steps in which "wsd" (warmup, stable, decay) decays; `clip` the largest
-    global gradient norm, 0 for none.
+    `clip` is the largest global gradient norm, `agc` the largest norm of a row's gradient over that of the row, 0 for
+    none; `centralize` takes the mean out of each row. `decay_frac` is the share of all steps in which "wsd" (warmup,
+    stable, decay) decays.
     """
 
+    name: str = "adamw"
     lr: PositiveFloat
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
-    eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     clip: NonNegativeFloat = 1.0
+    agc: NonNegativeFloat = 0.0
+    centralize: bool = False
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     decay_frac: float = Field(default=0.2, gt=0, le=1)
@@ -458,13 +464,14 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Table:
 
 
 def _merge(base: Table, top: Mapping[str, Any]) -> Table:
-    """`top` over `base`, table by table. Another choice (`name` or `score`) drops the fields of the former."""
+    """`top` over `base`, table by table. Another choice (`name` or `score`) drops the former's own fields."""
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, Mapping):
             changed = any(k in value and k in old and value[k] != old[k] for k in ("name", "score"))
-            merged[key] = dict(value) if changed else _merge(old, value)
+            shared = OptimConfig.model_fields if key == "optim" else ()
+            merged[key] = _merge({k: v for k, v in old.items() if k in shared} if changed else old, value)
         else:
             merged[key] = value
     return merged

@@ -1,8 +1,36 @@
-"""Training the weights: groups and AdamW, learning-rate schedules, clipping, projection."""
+"""Training the weights: optimizers, gradient processing, learning-rate schedules, projection."""
 
-from nlm.optim.adamw import adamw, leave_out, set_lr
+from nlm.config import OptimConfig
+from nlm.optim.adafactor import Adafactor
+from nlm.optim.adamp import SGDP, AdamP
+from nlm.optim.adamw import AdamW, adamw
+from nlm.optim.base import Optimizer
 from nlm.optim.clip import clip_gradients
+from nlm.optim.lars import LAMB, LARS
+from nlm.optim.lawn import LAWN
+from nlm.optim.lion import Lion
+from nlm.optim.muon import Muon
 from nlm.optim.project import projection
+from nlm.optim.ranger21 import Ranger21
 from nlm.optim.schedule import learning_rate
+from nlm.parallel.pieces import Pieces
 
-__all__ = ["adamw", "clip_gradients", "learning_rate", "leave_out", "projection", "set_lr"]
+__all__ = ["OPTIMIZERS", "adamw", "clip_gradients", "learning_rate", "make_optimizer", "projection"]
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "adamw": AdamW,
+    "adamp": AdamP,
+    "sgdp": SGDP,
+    "ranger21": Ranger21,
+    "lamb": LAMB,
+    "lars": LARS,
+    "muon": Muon,
+    "lion": Lion,
+    "adafactor": Adafactor,
+    "lawn": LAWN,
+}
+"""Keyword-only arguments are the fields of [optim] that are an optimizer's own."""
+
+
+def make_optimizer(pieces: Pieces, config: OptimConfig) -> Optimizer:
+    return OPTIMIZERS[config.name](pieces, config, **config.fields)

@@ -16,11 +16,9 @@ from torch import Tensor
 from nlm.anatomy import Span, Weight
 from nlm.batch import Batch
 from nlm.config import Config
-from nlm.init import to_unit
 from nlm.mesh import Mesh, MeshAxis
 from nlm.model import Block, Held, Transformer, held
-from nlm.optim import adamw, leave_out, projection, set_lr
-from nlm.parallel.engine import MOMENTS, Engine, state_after
+from nlm.parallel.engine import Engine
 from nlm.parallel.pieces import Pieces, all_reduce
 
 
@@ -48,10 +46,8 @@ class DeepSpeedEngine(Engine):
         for h in self.whole:
             if h.is_partial(mesh.tp):  # completed as it comes, before it is reduced and cut
                 h.parameter.register_hook(mesh.tp.sum)
-        optimizer = adamw(((h.parameter, h.weight) for h in self.whole), model.scheme, config.optim)
-        self.engine = self._initialize(config, mesh, model, optimizer)
+        self.engine = self._initialize(config, mesh, model)
         self.zero = self.engine.optimizer
-        self.optimizer: torch.optim.Optimizer = self.zero.optimizer if self.stage else self.zero
         self.buffers = self._buffers()
         self.places: list[Place] = []
         pieces = []
@@ -61,11 +57,8 @@ class DeepSpeedEngine(Engine):
         zero_pieces = ZeroPieces([model], mesh, weights, pieces)
         zero_pieces.engine = self
         super().__init__(config, mesh, [model], zero_pieces)
-        self._project = projection(self.pieces)
-        axes = ((h, model.scheme.unit_axis(h.weight)) for h in self.whole)
-        self._unit = [(h, axis) for h, axis in axes if axis is not None]
 
-    def _initialize(self, config: Config, mesh: Mesh, model: Transformer, optimizer: torch.optim.Optimizer) -> Any:
+    def _initialize(self, config: Config, mesh: Mesh, model: Transformer) -> Any:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # On CPU it would compile a collective that nothing here calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -75,7 +68,7 @@ class DeepSpeedEngine(Engine):
         options = settings(self.stage, config.parallel.offload, elements)
         mpu = Groups(mesh, "dp_shard" if self.stage else "dp_replicate") if mesh.tp.size > 1 else None
         return deepspeed.initialize(
-            model=model, optimizer=optimizer, config=options, mpu=mpu, dist_init_required=False
+            model=model, optimizer=Idle(model.parameters()), config=options, mpu=mpu, dist_init_required=False
         )[0]
 
     def train(self, rows: Batch) -> list[Tensor]:
@@ -92,29 +85,12 @@ class DeepSpeedEngine(Engine):
         return self.engine(*rows.arguments())  # type: ignore[no-any-return]
 
     def update(self, lr: float, left_out: Tensor | None = None) -> None:
-        set_lr(self.zero, lr)
-        leave_out(self.optimizer, left_out)
-        self.engine.step()
-        if not self._unit:
-            return
-        if self.stage == 3:
-            self._project(left_out)
-            self._copy_masters()
-            return
-        with torch.no_grad():
-            for h, axis in self._unit:
-                to_unit(h.parameter, axis, left_out)
-            self._copy_to_masters()
+        super().update(lr, left_out)  # of the master weights
+        self.engine.step()  # which become the model's
 
-    def moments(self) -> dict[str, list[Tensor]]:
-        state = self.optimizer.state
-        return {key: [p.view(state[self.buffers[p.buffer]][key], p.offset) for p in self.places] for key in MOMENTS}
-
-    @torch.no_grad()
     def start_after(self, updates: int) -> None:
+        super().start_after(updates)
         self._copy_masters()
-        for buffer in self.buffers:
-            self.optimizer.state[buffer] = state_after(updates, buffer)
 
     # What knows DeepSpeed's inside.
 
@@ -190,11 +166,15 @@ class DeepSpeedEngine(Engine):
                 partition: Tensor = h.parameter.ds_tensor.data  # type: ignore[attr-defined]
                 partition[place.gradient_offset :][: h.tensor.numel()].copy_(h.tensor.flatten())
 
-    @torch.no_grad()
-    def _copy_to_masters(self) -> None:
-        if self.stage in (1, 2):
-            for h, place in zip(self.pieces.held, self.places, strict=True):
-                h.tensor.copy_(place.view(h.parameter, place.parameter_offset))
+
+class Idle(torch.optim.Optimizer):
+    """What DeepSpeed is given as its optimizer: the step is ours, on the pieces, before it."""
+
+    def __init__(self, parameters: Iterator[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        pass
 
 
 class ZeroPieces(Pieces):

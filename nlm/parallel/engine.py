@@ -14,16 +14,8 @@ from nlm.batch import Batch
 from nlm.config import Config
 from nlm.mesh import Mesh
 from nlm.model import Transformer
-from nlm.optim import adamw, clip_gradients, leave_out, projection, set_lr
+from nlm.optim import clip_gradients, make_optimizer, projection
 from nlm.parallel.pieces import Pieces
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def state_after(updates: int, tensor: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a tensor after so many updates, the moments zero as yet."""
-    zeros = {key: torch.zeros_like(tensor, requires_grad=False) for key in MOMENTS}
-    return {"step": torch.tensor(float(updates), device=tensor.device)} | zeros
 
 
 class Engine(ABC):
@@ -37,6 +29,8 @@ class Engine(ABC):
 
     def __init__(self, config: Config, mesh: Mesh, models: Sequence[Transformer], pieces: Pieces) -> None:
         self.config, self.mesh, self.models, self.pieces = config, mesh, models, pieces
+        self.optimizer = make_optimizer(pieces, config.optim)
+        self._project = projection(pieces)
         self.microbatches = config.parallel.microbatches
         for model in models:
             model.precision = config.train.precision
@@ -54,18 +48,15 @@ class Engine(ABC):
     def forward(self, rows: Batch) -> Tensor:
         """Rows -> [], their summed loss where the last layers are, 0 elsewhere."""
 
-    @abstractmethod
     def update(self, lr: float, left_out: Tensor | None = None) -> None:
         """One optimizer step at the learning rate `lr`, of nothing where `left_out` [] is true; after it the gradients
         are gone."""
+        self.optimizer.step(lr, left_out)
+        self._project(left_out)
 
-    @abstractmethod
-    def moments(self) -> dict[str, list[Tensor]]:
-        """AdamW's exp_avg and exp_avg_sq, one a piece each; they share the optimizer's memory."""
-
-    @abstractmethod
     def start_after(self, updates: int) -> None:
-        """Goes on from pieces that were changed in place, with moments (zero as yet) of so many updates."""
+        """Goes on from pieces that were changed in place, after so many updates; the state is read later."""
+        self.optimizer.start_after(updates)
 
     def share(self, losses: Iterable[Tensor]) -> Tensor:
         """The microbatches' losses, scaled, [] each -> [], this rank's share of the mean loss, in float64."""
@@ -121,33 +112,17 @@ class Engine(ABC):
 
 
 class TorchEngine(Engine):
-    """An engine whose pieces torch's own AdamW updates."""
+    """An engine whose pieces are the parameters themselves, or their shards."""
 
     def __init__(
         self, config: Config, mesh: Mesh, models: Sequence[Transformer], weights: Mapping[str, Weight]
     ) -> None:
         super().__init__(config, mesh, models, Pieces(models, mesh, weights))
-        pieces = self.pieces
-        self.optimizer = adamw(((h.tensor, h.weight) for h in pieces.held), pieces.scheme, config.optim)
-        self._project = projection(pieces)
 
     def update(self, lr: float, left_out: Tensor | None = None) -> None:
-        set_lr(self.optimizer, lr)
-        leave_out(self.optimizer, left_out)
-        for tensor, gradient in zip(self.pieces.tensors, self.pieces.gradients(), strict=True):
-            tensor.grad = gradient
-        self.optimizer.step()
-        self._project(left_out)
-        self.optimizer.zero_grad()
+        super().update(lr, left_out)
         for h in self.pieces.held:
             h.parameter.grad = None
-
-    def moments(self) -> dict[str, list[Tensor]]:
-        return {key: [self.optimizer.state[tensor][key] for tensor in self.pieces.tensors] for key in MOMENTS}
-
-    def start_after(self, updates: int) -> None:
-        for tensor in self.pieces.tensors:
-            self.optimizer.state[tensor] = state_after(updates, tensor)
 
 
 class WholeEngine(TorchEngine):

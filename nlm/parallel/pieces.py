@@ -1,6 +1,6 @@
 """What the ranks hold of the parameters, as plain tensors, and what only all of them together know of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,8 @@ class Pieces:
         self.held = [h for model in models for h in held(model)] if pieces is None else pieces
         self.weights = weights or {h.name: h.weight for h in self.held}
         self.tensors = [h.tensor for h in self.held]
+        self.names = [h.name for model in models for h in held(model)]
+        """The parameters of this rank's parts of the stack, of which it may hold no piece."""
         sizes, tp = self.mesh.sizes, self.mesh.tp
         # A tied table stands at both ends of a pipeline: one parameter, held twice and counted once.
         ends = [i for i, h in enumerate(self.held) if h.name == "embed.weight"]
@@ -50,6 +52,7 @@ class Pieces:
         ]
         """Which pieces this rank stands for, so that the ranks together have everything once."""
         order = {name: i for i, name in enumerate(self.weights)}
+        self._numbers = torch.tensor([order[h.name] for h in self.held], device=self.mesh.device)
         places = [order[self.held[i].name] for i in self.counted for _ in self._exact(self.tensors[i])]
         self._places = torch.tensor(places, dtype=torch.int64, device=self.mesh.device)
 
@@ -94,6 +97,14 @@ class Pieces:
             norms = torch.stack(torch._foreach_norm(parts))
             squares.index_add_(0, self._places, norms.to(squares).square())
         return self.mesh.sum(squares).sqrt()
+
+    def which(self, is_so: Callable[[Weight], bool]) -> Tensor:
+        """[P] bool: of which parameters it is so."""
+        return torch.tensor([is_so(weight) for weight in self.weights.values()], device=self.mesh.device)
+
+    def each(self, values: Tensor) -> tuple[Tensor, ...]:
+        """One number a parameter [P] -> each piece's, [] each, of the kind of the pieces."""
+        return values[self._numbers].to(self.tensors[0]).unbind()
 
     def _exact(self, tensor: Tensor) -> Sequence[Tensor]:
         """A tensor in parts that are small enough to take their norms."""

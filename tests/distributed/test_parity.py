@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from parity import (
     DEEP_ROWS,
     LAYOUTS,
     MIXED_ROWS,
+    OPTIMIZER_ROWS,
     SCHEME_ROWS,
     VARIANT_ROWS,
     Ranks,
@@ -23,6 +25,8 @@ from parity import (
 )
 
 from nlm import NORMS, SCHEMES, SCORES, WEIGHT_NORMS
+from nlm.build import parse_config
+from nlm.compare import differences
 
 CORE = [SCHEME_ROWS[name] for name in ("pre_ln", "post_ln", "deepnorm", "sub_ln", "peri_ln", "normformer", "ngpt")]
 """These take turns over the layouts."""
@@ -51,6 +55,9 @@ def chosen() -> Iterator[tuple[Row, str]]:
         ("LSUV", "tp2xpp2"),
     ):
         yield VARIANT_ROWS[name], layout
+    for row, layout in zip(OPTIMIZER_ROWS.values(), cycle(("fsdp2", "tp2+sp", "fsdp2xtp2")), strict=False):
+        yield row, layout
+    yield OPTIMIZER_ROWS["adamp"], "zero1"
     yield DEEP_ROWS["200 layers"], "pp4-zbv"
 
 
@@ -73,11 +80,14 @@ class Prover:
     def close(self) -> None:
         self.ranks.close()
 
-    def prove(self, row: Row, layout: str) -> None:
+    def reference(self, row: Row) -> Reference:
         key = (row.name, row.precision)
         if key not in self.references:
             self.references[key] = Reference(row, self.folder, self.ranks)
-        found = cell(row, layout, self.folder, self.references[key], self.ranks)
+        return self.references[key]
+
+    def prove(self, row: Row, layout: str) -> None:
+        found = cell(row, layout, self.folder, self.reference(row), self.ranks)
         assert found.good and not found.text.startswith("refused"), found.text
 
 
@@ -103,9 +113,23 @@ def test_a_stream_reaches_every_rank(prover: Prover) -> None:
         prover.prove(row, layout)
 
 
+@pytest.mark.parametrize("name", ["adafactor", "muon", "ranger21"])
+def test_another_layout_goes_on(name: str, prover: Prover) -> None:
+    """With optimizer state that every rank has, that some pieces have, and that does not begin at zero."""
+    row, run = replace(OPTIMIZER_ROWS[name], precision="fp64"), prover.folder / name
+    for layout, last in ((None, 3), ("fsdp2xtp2", None)):
+        table = row.config(prover.folder, layout).model_dump(exclude_none=True)
+        table["log"]["dir"] = str(run)
+        table["train"] |= {"stop_after": last} if last else {}
+        prover.ranks.train(parse_config(table))
+    found = differences(run, prover.reference(row).run)
+    assert max(difference.size for difference in found.values()) < 1e-6
+    assert max(found[kind].size for kind in ("loss", "parameters", "optimizer")) < 1e-9
+
+
 def test_everything_is_in_it() -> None:
     assert {layout for (_, layout), _ in CELLS} == set(LAYOUTS)
-    assert {name for (name, _), _ in CELLS} >= set(MIXED_ROWS)
+    assert {name for (name, _), _ in CELLS} >= set(MIXED_ROWS) | set(OPTIMIZER_ROWS)
     models = [row.model for row in MIXED_ROWS.values()]
     assert {model["scheme"]["name"] for model in models} == set(SCHEMES)
     assert {model["norm"]["name"] for model in models} == set(NORMS)

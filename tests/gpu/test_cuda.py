@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from nlm import SCHEMES, build_model
+from nlm.build import build_engine
 from nlm.config import Config
+from nlm.mesh import Mesh
+from nlm.optim import OPTIMIZERS
 from nlm.train import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -27,6 +30,28 @@ def test_logits_and_gradients_are_those_of_the_cpu(scheme: str, run_config: RunC
         results.append([logits.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_is_that_of_the_cpu_and_waits_for_nothing(name: str, make_config: RunConfig) -> None:
+    own = {"free_steps": 1} if name == "lawn" else {}
+    config = make_config(optim={"name": name, "agc": 0.1, "centralize": True} | own, train={"precision": "fp64"})
+    results = []
+    for device in map(torch.device, ("cpu", "cuda")):
+        engine, generator = build_engine(config, Mesh(device=device)), torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for h in engine.pieces.held:
+                h.parameter.grad = torch.randn(h.tensor.shape, generator=generator, dtype=h.tensor.dtype).to(device)
+            left_out = torch.tensor(False, device=device)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                engine.clip()
+                engine.update(1e-2, left_out)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        results.append([tensor.cpu() for tensor in engine.pieces.tensors])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -58,7 +58,7 @@ def test_resuming_restores_optimizer_and_random_state(run_config: RunConfig, sav
     torch.manual_seed(1)
     engine = build_engine(config, Mesh())
     assert resume(saved, engine, Corpus(config), guard(config)) == 8
-    state = engine.optimizer.state[engine.pieces.tensors[0]]
+    state = engine.optimizer.adamw.state[engine.pieces.tensors[0]]
     assert float(state["step"]) == 8 and state["exp_avg_sq"].abs().sum() > 0
     after = torch.get_rng_state()
     torch.manual_seed(config.train.seed)

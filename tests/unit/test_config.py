@@ -52,7 +52,7 @@ def test_defaults(minimal: Path) -> None:
     ("override", "section", "key", "value"),
     [
         ("optim.lr=5e-4", "optim", "lr", 5e-4),
-        ("optim.betas=[0.8, 0.9]", "optim", "betas", (0.8, 0.9)),
+        ("optim.betas=[0.8, 0.9]", "optim", "betas", [0.8, 0.9]),
         ("model.tied=true", "model", "tied", True),
         ("model.norm=rmsnorm", "model", "norm", NamedChoice(name="rmsnorm")),
         ('data.train="a=b"', "data", "train", "a=b"),
@@ -78,6 +78,13 @@ def test_another_scheme_drops_the_fields_of_the_former(minimal: Path) -> None:
     assert config.model.scheme.fields == {"alpha": 0.1}
     minimal.write_text(MINIMAL.replace('{ name = "pre_ln" }', "{ name = 'ngpt', alpha = 0.1 }"))
     assert load_config(minimal, ["model.scheme.name=post_ln"]).model.scheme.fields == {}
+
+
+def test_another_optimizer_drops_the_fields_of_the_former_and_keeps_the_schedule(minimal: Path) -> None:
+    minimal.write_text(MINIMAL.replace("lr = 1e-3", "lr = 1e-3\nname = 'adamp'\ndelta = 0.2\nwarmup_steps = 2"))
+    optim = load_config(minimal, ["optim.name=lion", "optim.betas=[0.9, 0.98]"]).optim
+    assert (optim.lr, optim.warmup_steps, optim.fields) == (1e-3, 2, {"betas": [0.9, 0.98]})
+    assert load_config(minimal, ["optim.lr=1"]).optim.fields == {"delta": 0.2}
 
 
 def test_written_and_read_again_it_is_the_same(minimal: Path) -> None:

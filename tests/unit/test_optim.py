@@ -59,7 +59,7 @@ def test_clipping_against_torch(max_norm: float, make_config: MakeConfig) -> Non
 
 def test_groups_decay_as_the_scheme_says(make_config: MakeConfig) -> None:
     config = make_config({"bias": True}, optim={"lr": 1e-3, "weight_decay": 0.3, "betas": [0.8, 0.9], "eps": 1e-6})
-    groups = build_engine(config, Mesh()).optimizer.param_groups
+    groups = build_engine(config, Mesh()).optimizer.adamw.param_groups
     for group in groups:
         assert {p.ndim for p in group["params"]} == ({2} if group["weight_decay"] else {1})
         assert (group["betas"], group["eps"], group["lr_multiplier"]) == ((0.8, 0.9), 1e-6, 1.0)

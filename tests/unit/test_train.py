@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from nlm import build_model, load_checkpoint, read_layers
 from nlm.checkpoint import checkpoints
-from nlm.config import Config
+from nlm.config import Config, ConfigError
 from nlm.data import TokenShard
 from nlm.data.corpus import Corpus
+from nlm.optim import OPTIMIZERS
 from nlm.storage import read_all
 from nlm.train import train
 
@@ -106,6 +107,24 @@ def test_a_finished_run_can_go_further(run_config: RunConfig) -> None:
     train(run_config("further", optim=constant))
     further = train(run_config("further", optim=constant, train={"steps": 12}))
     assert_same_state(further, train(run_config("straight", optim=constant, train={"steps": 12})))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_on_where_it_was(name: str, run_config: RunConfig) -> None:
+    """Bit by bit, and it has lowered the loss."""
+    rates = {"sgdp": 0.3, "lars": 10.0, "lion": 3e-4, "lamb": 1e-2}
+    optim = {"name": name, "lr": rates.get(name, 3e-3)} | ({"free_steps": 3} if name == "lawn" else {})
+    straight = train(run_config("straight", optim=optim))
+    train(run_config("resumed", optim=optim, train={"stop_after": 5}))
+    resumed = train(run_config("resumed", optim=optim))
+    assert_same_state(straight, resumed)
+    assert losses(straight) == losses(resumed) and losses(straight)[-1] < losses(straight)[0] - 0.1
+
+
+def test_another_optimizer_is_another_run(run_config: RunConfig) -> None:
+    train(run_config("run"))
+    with pytest.raises(ConfigError, match=r"optim\.name: the run to resume has 'adamw', the config 'lion'"):
+        train(run_config("run", optim={"name": "lion"}, train={"steps": 9}))
 
 
 def test_it_learns_real_text(run_config: RunConfig, shard: str) -> None:
