@@ -37,6 +37,7 @@ from nlm.build import parse_config
 from nlm.compare import differences
 from nlm.config import Config, ConfigError
 from nlm.data.tokenize import tokenize
+from nlm.optim import OPTIMIZERS
 
 STEPS = 5
 LIMITS = {"fp32": 1e-5, "fp64": 1e-9}
@@ -196,6 +197,30 @@ DEEP_ROWS = {
         ("tp2", "fsdp2", "pp4-1f1b", "pp4-zbv"),
     )
     for name, n_layers in (("200 layers", 200), ("1,000 layers", 1000))
+}
+OWN_FIELDS: dict[str, Table] = {
+    "sgdp": {"lr": 0.1},
+    "lars": {"lr": 1.0},
+    "lion": {"lr": 1e-4},
+    "adafactor": {},
+    "lawn": {"eps": EPS, "free_steps": 2, "warmup_again": 2, "roles": ["head", "embed", "down"]},
+}
+OPTIMIZER_ROWS = {
+    row.name: row
+    for row in (
+        *(
+            variant(
+                name,
+                DIVIDING,
+                {"scheme": {"name": "peri_ln"}},
+                optim={"name": name} | OWN_FIELDS.get(name, {"eps": EPS}),
+            )
+            for name in OPTIMIZERS
+            if name != "adamw"  # every other row's
+        ),
+        variant("agc", DIVIDING, {"bias": True}, optim={"eps": EPS, "agc": 1e-2}),
+        variant("centralize", DIVIDING, {"tied": True}, optim={"eps": EPS, "centralize": True}),
+    )
 }
 GROUPS = {
     "schemes": SCHEME_ROWS,
