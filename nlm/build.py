@@ -10,6 +10,7 @@ import torch
 from pydantic import ConfigDict, ValidationError, create_model
 
 from nlm.anatomy import Kind, Role, Site, Weight
+from nlm.calibrate import calibrated
 from nlm.config import (
     AttentionChoice,
     Config,
@@ -24,7 +25,6 @@ from nlm.config import (
 )
 from nlm.init import init
 from nlm.layout import layout_problems
-from nlm.lsuv import unit_variance_scales
 from nlm.mesh import Mesh
 from nlm.model import Part, Transformer, held
 from nlm.norms import NORMS
@@ -40,6 +40,9 @@ from nlm.schemes.base import Learned, Scheme, Slot, Slots, scaled
 from nlm.schemes.inits import INITS, LSUV
 from nlm.scores import SCORES
 from nlm.weight_norms import WEIGHT_NORMS, MakeWeightNorm
+
+CALIBRATION_ROWS = 8
+"""Of random tokens, as long as the context of training."""
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -72,7 +75,7 @@ def parse_config(table: Table) -> Config:
 def build_model(config: Config, seed: int | None = None, device: str | torch.device = "cpu") -> Transformer:
     """The whole model of a config in float32, materialized and initialized; `seed` defaults to train.seed."""
     seed = config.train.seed if seed is None else seed
-    return init(design(config).to_empty(device=device), seed, _scales(config, seed))
+    return init(design(config).to_empty(device=device), seed, _calibrated(config, seed))
 
 
 def design(config: Config, tp: TensorParallel | None = None, part: Part | None = None) -> Transformer:
@@ -93,14 +96,15 @@ def _scheme(model: ModelConfig) -> Scheme:
     return scheme if model.init is None else INITS[model.init.name](scheme, **model.init.fields)
 
 
-def _scales(config: Config, seed: int) -> dict[str, float]:
-    """What matrices are multiplied by once all is drawn, where the init goes by what comes out of them."""
+def _calibrated(config: Config, seed: int) -> dict[str, float]:
+    """What depends on what comes out of the layers before, where the init or the norm has such."""
     scheme = _scheme(config.model)
-    if not isinstance(scheme, LSUV):
+    target = scheme.target if isinstance(scheme, LSUV) else None
+    if target is None and not NORMS[config.model.norm.name].calibrates:
         return {}
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.model.vocab_size, (scheme.rows, config.train.seq_len), generator=generator)
-    return unit_variance_scales(lambda part: design(config, part=part), scheme.target, tokens, seed)
+    tokens = torch.randint(config.model.vocab_size, (CALIBRATION_ROWS, config.train.seq_len), generator=generator)
+    return calibrated(lambda part: design(config, part=part), tokens, seed, target)
 
 
 def token_scale(site: Site) -> Slots:
@@ -136,7 +140,7 @@ def prepare(model: Transformer, config: Config, mesh: Mesh) -> Transformer:
     if config.train.precision == "fp64":
         model.double()
     shard(model, config.parallel, mesh)
-    init(model.to_empty(device=mesh.device), config.train.seed, _scales(config, config.train.seed))
+    init(model.to_empty(device=mesh.device), config.train.seed, _calibrated(config, config.train.seed))
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
     if config.parallel.recompute == "block":
         recompute_blocks(model)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from hashlib import blake2b
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -11,17 +12,17 @@ from nlm.model import Transformer, held
 
 
 @torch.no_grad()
-def init(model: Transformer, seed: int, scales: Mapping[str, float] | None = None) -> Transformer:
+def init(model: Transformer, seed: int, calibrated: Mapping[str, float] = MappingProxyType({})) -> Transformer:
     """Fills what this rank holds of every parameter and buffer, in the scheme's way, projected where it projects.
 
     Tensors that start at a constant or a table come from their module's `initial`, those of a weight norm perhaps from
-    the matrix that it belongs to; every other one is a matrix, which the scheme makes of normal numbers; those named in
-    `scales` are multiplied by what stands there.
+    the matrix that it belongs to; every other one is a matrix, which the scheme makes of normal numbers. `calibrated`
+    has values in the place of constants, and what matrices are multiplied by.
     """
     parameters = {h.name: h for h in held(model)}
 
     def drawn(name: str) -> Tensor:
-        return _drawn(name, parameters[name].weight, model, seed) * (scales or {}).get(name, 1.0)
+        return _drawn(name, parameters[name].weight, model, seed) * calibrated.get(name, 1.0)
 
     for prefix, module in model.named_modules():
         initial = getattr(module, "initial", {})
@@ -36,7 +37,7 @@ def init(model: Transformer, seed: int, scales: Mapping[str, float] | None = Non
             elif callable(value):
                 h.tensor.copy_(h.part_of(value(drawn(f"{prefix.rpartition('.')[0]}.weight"))))
             else:
-                h.tensor.fill_(value)
+                h.tensor.fill_(calibrated.get(h.name, value))
     return model
 
 

@@ -49,14 +49,20 @@ class DyISRU(Elementwise):
     """Dynamic inverse square root unit: γ sqrt(C) x / sqrt(β + x²) + b, what RMSNorm does to one of C channels while
     the sum β of the others' squares stays the same (Stollenwerk 2025, arXiv:2503.21708).
 
-    ln β is learned, so that β stays positive; it starts at ln C, a stream of unit size. Whether the paper's β is one
-    number or one a channel we do not know; one a site is what DyT has.
+    ln β is learned, so that β stays positive. It starts where the curve has RMSNorm's slope at 0, at β = C · E[x²] of
+    what the site reads at initialization. Whether the paper's β is one number or one a channel we do not know; one a
+    site is what DyT has.
     """
+
+    calibrates = True
 
     def __init__(self, at: NormSite) -> None:
         super().__init__(at)
         self.log_beta = self.learned("log_beta", log(at.width.full))
         self.height = at.width.full**0.5
+
+    def calibrated(self, x: Tensor) -> dict[str, float]:
+        return {"log_beta": log(self.width.full * float(x.square().mean()))}
 
     def forward(self, x: Tensor) -> Tensor:
         x = precise(x)

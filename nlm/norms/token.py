@@ -31,6 +31,8 @@ class NormLayer(nn.Module):
 
     token_scale = False
     """Whether it wants embedded tokens multiplied by a learned number that starts at sqrt(D)."""
+    calibrates = False
+    """Whether it has a method `calibrated`: what it reads -> values that its parameters are to start from, by name."""
 
     def __init__(self, at: NormSite) -> None:
         super().__init__()

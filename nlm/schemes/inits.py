@@ -110,11 +110,8 @@ class LSUV(Orthogonal):
     """Layer-sequential unit variance: orthonormal, then each matrix of the blocks scaled so that what it gives for
     random tokens has std 1, and what it writes into the stream 1/sqrt(2L) (Mishkin & Matas 2016, arXiv:1511.06422).
 
-    The paper has 1 everywhere, by which the stream would grow as sqrt(1 + 2L). There are `rows` of tokens, as long as
-    the context of training; `nlm.lsuv` does the scaling.
+    The paper has 1 everywhere, by which the stream would grow as sqrt(1 + 2L). `nlm.calibrate` does the scaling.
     """
-
-    rows: int = field(default=8, kw_only=True)
 
     def target(self, weight: Weight) -> float:
         return (2 * weight.n_layers) ** -0.5 if weight.role in WRITES else 1.0

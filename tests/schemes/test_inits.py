@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nlm import build_model
+from nlm import build, build_model
 from nlm.anatomy import MATRICES, READS, WRITES, Role, Weight
 from nlm.config import Config, ConfigError
 from nlm.model import Linear, Transformer, weights
@@ -81,11 +81,12 @@ def test_orthonormal(make_config: MakeConfig, name: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["peri_ln", "post_ln", "brainformer"])
-def test_lsuv_gives_every_matrix_unit_variance(make_config: MakeConfig, scheme: str) -> None:
+def test_lsuv_gives_every_matrix_unit_variance(
+    make_config: MakeConfig, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On other tokens than those it was scaled with, within its authors' 10 %; what writes the stream less."""
-    config = make_config(
-        {"init": {"name": "lsuv", "rows": 64}, "scheme": {"name": scheme}, "n_layers": 4, "activation": "swiglu"}
-    )
+    monkeypatch.setattr(build, "CALIBRATION_ROWS", 64)
+    config = make_config({"init": "lsuv", "scheme": {"name": scheme}, "n_layers": 4, "activation": "swiglu"})
     model = build_model(config)
     found: dict[str, float] = {}
     for name, module in model.named_modules():

@@ -1,5 +1,6 @@
 """What each norm layer promises."""
 
+from collections.abc import Callable
 from math import log
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from nlm import NORMS, build_model
 from nlm.anatomy import Site, Span
+from nlm.config import Config
 from nlm.norms import NormSite
 from nlm.norms.elementwise import ELN, DyISRU, DyT
 from nlm.norms.token import LayerNorm, NormLayer, PartialRMSNorm, RMSNorm, ScaleNorm
@@ -15,6 +17,7 @@ from nlm.parallel.tensor import TensorParallel
 
 WIDTH = 16
 Norm = type[NormLayer]
+MakeConfig = Callable[..., Config]
 
 
 def make(norm: Norm, width: int = WIDTH, eps: float = 1e-5, **fields: object) -> NormLayer:
@@ -120,7 +123,7 @@ def test_k28_alpha_of_dyt_by_width(dim: int, attn: float, other: float) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_k28_elementwise_norms_scale_the_embedding(norm: str, make_config) -> None:  # type: ignore[no-untyped-def]
+def test_k28_elementwise_norms_scale_the_embedding(norm: str, make_config: MakeConfig) -> None:
     """K28: a learned sqrt(D) where nothing else brings the stream to unit size; but one only."""
     scales = {
         scheme: [
@@ -134,3 +137,22 @@ def test_k28_elementwise_norms_scale_the_embedding(norm: str, make_config) -> No
         "pre_ln": [pytest.approx(32**0.5)] if norm in {"dyt", "dyisru", "eln"} else [],
         "without_tears": [],
     }
+
+
+@pytest.mark.parametrize("norm", ["dyisru", "eln"])
+@pytest.mark.parametrize("scheme", ["pre_ln", "sub_ln", "post_ln"])
+def test_beta_starts_where_the_slope_is_that_of_rmsnorm(norm: str, scheme: str, make_config: MakeConfig) -> None:
+    """At 0, 1/rms of what each site reads, at any depth and also where the text is another than it was set with."""
+    model = build_model(make_config({"norm": norm, "scheme": {"name": scheme}, "n_layers": 6}))
+    found = []
+
+    def see(layer: DyISRU, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].detach()
+        found.append(float(x.square().mean().sqrt()) * layer.height * float(layer.log_beta.detach().exp()) ** -0.5)
+
+    for module in model.modules():
+        if isinstance(module, DyISRU):
+            module.register_forward_pre_hook(see)
+    model(torch.randint(96, (32, 12), generator=torch.Generator().manual_seed(4)))
+    assert len(found) == 12 + 12 * (scheme == "sub_ln") + (scheme != "post_ln")
+    assert all(slope == pytest.approx(1, abs=0.1) for slope in found)

@@ -19,7 +19,7 @@ LEVELS = [
     ["nlm.schemes"],
     ["nlm.model"],
     ["nlm.init", "nlm.parallel.pieces"],
-    ["nlm.lsuv"],
+    ["nlm.calibrate"],
     ["nlm.optim", "nlm.statistics"],
     ["nlm.parallel"],
     ["nlm.build", "nlm.evaluate"],
