@@ -374,14 +374,14 @@ def test_the_rate_and_decay_of_a_group_are_honoured(
 @pytest.mark.parametrize(
     ("model", "invariant"),
     [
-        ({"scheme": {"name": "pre_ln"}, "attention": {"score": "qknorm"}}, {"q", "k"}),
-        ({"scheme": {"name": "peri_ln"}}, {"v", "o", "down"}),
+        ({"scheme": {"name": "pre_ln"}, "attention": {"score": "qknorm"}}, ["q", "k"]),
+        ({"scheme": {"name": "peri_ln"}}, ["v", "o", "down"]),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["adamp", "sgdp"])
 def test_scale_invariant_weights_are_projected(
-    name: str, model: dict[str, Any], invariant: set[str], make_config: MakeConfig
+    name: str, model: dict[str, Any], invariant: list[str], make_config: MakeConfig
 ) -> None:
     """K22: in every step; of those that are not, as good as never."""
     engine = build_engine(make_config(model | {"norm_eps": 1e-12}, optim={"name": name}), Mesh())
