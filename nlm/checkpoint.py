@@ -192,7 +192,9 @@ def load_checkpoint(path: str | Path) -> tuple[Transformer, Config]:
     path = Path(path)
     config = checkpoint_config(path)
     model = build_model(config)
-    _read(path, [_rectangle(h.name, h, h.tensor) for h in held(model)])
+    parameters = {h.name: h for h in held(model)}
+    kept = (_whole(name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
+    _read(path, [*(_rectangle(name, h, h.tensor) for name, h in parameters.items()), *kept])
     return model, config
 
 
@@ -217,6 +219,7 @@ def resume(path: Path, engine: Engine, corpus: Corpus, guard: Guard) -> int:
     engine.start_after(guard.updates)
     own = map(_state, pieces, engine.optimizer.state)
     _read(path, [*chain.from_iterable(own), *_shared(engine)])
+    engine.goes_on()
     corpus.load_state(_json(path / "data.json")["state"])
     return saved_step(path)
 
@@ -275,8 +278,12 @@ def _state(h: Held, state: Mapping[str, Tensor]) -> Iterator[Rectangle]:
 
 
 def _shared(engine: Engine) -> Iterator[Rectangle]:
-    """The optimizer state that every rank has as a whole."""
-    return (Rectangle(name, tuple(t.shape), (0,) * t.dim(), t) for name, t in engine.optimizer.shared.items())
+    """The state that every rank has as a whole."""
+    return (_whole(name, tensor) for name, tensor in engine.shared.items())
+
+
+def _whole(name: str, tensor: Tensor) -> Rectangle:
+    return Rectangle(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
 
 def _rectangle(name: str, h: Held, tensor: Tensor) -> Rectangle:

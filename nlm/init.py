@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nlm.anatomy import Weight
 from nlm.model import Transformer, held
+from nlm.weight_norms import WeightNorm
 
 
 @torch.no_grad()
@@ -26,16 +27,21 @@ def init(model: Transformer, seed: int, calibrated: Mapping[str, float] = Mappin
 
     for prefix, module in model.named_modules():
         initial = getattr(module, "initial", {})
+        matrix = f"{prefix.rpartition('.')[0]}.weight"  # that a weight norm belongs to
         for name, buffer in module.named_buffers(recurse=False):
             value = initial[name]
-            buffer.copy_(value() if callable(value) else torch.tensor(value, dtype=torch.float64))
+            if isinstance(module, WeightNorm):
+                (span,) = module.spans[name]
+                buffer.copy_(value(drawn(matrix))[span.start : span.stop])
+            else:
+                buffer.copy_(value() if callable(value) else torch.tensor(value, dtype=torch.float64))
         for name, _ in module.named_parameters(recurse=False):
             h = parameters[f"{prefix}.{name}" if prefix else name]
             value = initial.get(name)
             if value is None:
                 h.tensor.copy_(h.part_of(drawn(h.name)))
             elif callable(value):
-                h.tensor.copy_(h.part_of(value(drawn(f"{prefix.rpartition('.')[0]}.weight"))))
+                h.tensor.copy_(h.part_of(value(drawn(matrix))))
             else:
                 h.tensor.fill_(calibrated.get(h.name, value))
     return model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nlm.anatomy import Role, Span
-from nlm.norms import precise
+from nlm.norms import precise, unit
 from nlm.parallel.tensor import TensorParallel
 
 Initial = dict[str, float | Callable[[Tensor], Tensor]]
@@ -19,6 +19,7 @@ class WeightNorm(nn.Module):
     """weight [out in] -> [out in]; `outputs` and `inputs` say which part of the whole matrix this rank has."""
 
     inside = True
+    spans: dict[str, tuple[Span, ...]]
 
     def __init__(self, outputs: Span, inputs: Span, tp: TensorParallel) -> None:
         super().__init__()
@@ -86,6 +87,51 @@ class WeightNormalization(Gained):
         return self.gain[:, None] * self.unit_rows(weight)
 
 
+class Spectral(WeightNorm):
+    """γ W / σ with the largest singular value σ of W, and one learned γ that starts at 1 (σReparam, Zhai et al. 2023,
+    arXiv:2303.06296, eq. 4; Miyato et al. 2018, arXiv:1802.05957).
+
+    σ = uᵀ W v along singular vectors that follow the matrix by one power iteration after each update
+    (`nlm.optim.spectral`), never in the forward, which recomputation and microbatches repeat. No gradient flows through
+    u and v, one does through W.
+    """
+
+    roles = {"gain": Role.SCALE}
+
+    def __init__(self, outputs: Span, inputs: Span, tp: TensorParallel) -> None:
+        super().__init__(outputs, inputs, tp)
+        self.spans = {"gain": (Span.whole(1),), "u": (outputs,), "v": (inputs,)}
+        self.initial: Initial = {
+            "gain": 1.0,
+            "u": lambda matrix: singular_vectors(matrix)[0],
+            "v": lambda matrix: singular_vectors(matrix)[1],
+        }
+        self.gain = nn.Parameter(torch.empty(1))
+        self.u: Tensor
+        self.v: Tensor
+        self.register_buffer("u", torch.empty(len(outputs)))
+        self.register_buffer("v", torch.empty(len(inputs)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        weight = precise(weight)
+        sigma = self.u @ weight @ self.v
+        whole = self.outputs.is_whole and self.inputs.is_whole
+        return weight * (self.gain / (sigma if whole else self.tp.sum(sigma)))
+
+
+POWER_ITERATIONS = 15
+"""Of a new matrix, whose singular vectors are not known yet."""
+
+
+def singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """[out in] -> u [out] and v [in] of about the largest singular value."""
+    v = unit(torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=matrix.dtype))
+    for _ in range(POWER_ITERATIONS):
+        u = unit(matrix @ v)
+        v = unit(matrix.T @ u)
+    return u, v
+
+
 MakeWeightNorm = Callable[[Span, Span, TensorParallel], WeightNorm]
 
 WEIGHT_NORMS: dict[str, type[WeightNorm]] = {
@@ -93,4 +139,5 @@ WEIGHT_NORMS: dict[str, type[WeightNorm]] = {
     "weight_standardization": Standardization,
     "scaled_weight_standardization": ScaledStandardization,
     "weight_conditioning": Conditioning,
+    "spectral": Spectral,
 }

@@ -13,6 +13,7 @@ from nlm import NORMS, WEIGHT_NORMS
 from nlm.build import design
 from nlm.config import Config
 from nlm.init import init
+from nlm.weight_norms import Spectral
 
 MakeConfig = Callable[..., Config]
 LIMIT = 1e-9
@@ -25,6 +26,11 @@ def difference(config: Config) -> float:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * (parameter.abs().mean() + 0.1) * torch.randn(parameter.shape, generator=generator)
+        for module in model.modules():
+            if isinstance(norm := getattr(module, "weight_norm", None), Spectral):
+                left, _, right = torch.linalg.svd(module.weight)
+                norm.u.copy_(left[:, 0])
+                norm.v.copy_(right[0])
     parameters = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     tokens = torch.randint(config.model.vocab_size, (2, config.train.seq_len), generator=generator)
     ours = model(tokens).detach().numpy()

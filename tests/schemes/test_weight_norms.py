@@ -1,16 +1,22 @@
 """What each normalizer of weights promises, of the whole matrix."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nlm import WEIGHT_NORMS, build_model
+from nlm import WEIGHT_NORMS, build_model, load_checkpoint
 from nlm.anatomy import Span
+from nlm.batch import Batch
+from nlm.build import build_engine
+from nlm.compare import differences
 from nlm.config import Config, ConfigError
+from nlm.mesh import Mesh
 from nlm.model import held
 from nlm.parallel.tensor import TensorParallel
+from nlm.train import train
 from nlm.weight_norms import WeightNorm
 
 MakeConfig = Callable[..., Config]
@@ -72,6 +78,47 @@ def test_weight_norm_changes_nothing_at_the_start(make_config: MakeConfig) -> No
             if h.name.endswith("wq.weight"):
                 h.parameter.mul_(3)
     assert torch.allclose(plain(tokens), normed(tokens), atol=1e-5), "the length of v is nothing to it"
+
+
+@pytest.mark.parametrize(("lr", "limit"), [(1e-3, 1e-3), (1e-2, 1e-2)])
+def test_k21_spectral_norm_follows_the_weights(make_config: MakeConfig, lr: float, limit: float) -> None:
+    """K21: after 50 updates, one power iteration each, every matrix has the norm that its gain says."""
+    engine = build_engine(make_config({"weight_norm": "spectral"}), Mesh())
+    model = engine.models[0]
+    start = {name: matrix.detach().clone() for name, matrix in effective(model).items()}
+    for step in range(50):
+        tokens = torch.randint(96, (4, 13), generator=torch.Generator().manual_seed(step))
+        engine.forward_backward(Batch(tokens))
+        engine.clip()
+        engine.update(lr)
+    for name, matrix in effective(model).items():
+        gain = float(model.get_submodule(name).weight_norm.gain)
+        assert float(torch.linalg.matrix_norm(matrix, 2)) == pytest.approx(gain, rel=limit), name
+        assert float((matrix - start[name]).norm()) > 30 * lr * float(start[name].norm()), "it has moved"
+
+
+def test_spectral_norm_of_a_step_left_out(make_config: MakeConfig) -> None:
+    engine = build_engine(make_config({"weight_norm": "spectral"}), Mesh())
+    before = {name: tensor.clone() for name, tensor in engine.shared.items()}
+    engine.forward_backward(Batch(torch.randint(96, (4, 13))))
+    engine.clip()
+    engine.update(1e-2, torch.tensor(True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.shared.items())
+
+
+def test_singular_vectors_are_in_the_checkpoint(run_config: Callable[..., Config], tmp_path: Path) -> None:
+    """A run that goes on is the same, and what is loaded computes with the vectors that training did."""
+    runs = []
+    for name, stops in (("straight", []), ("again", [4])):
+        for last in [*stops, None]:
+            keys = {"stop_after": last} if last else {}
+            runs.append(train(run_config(name, {"weight_norm": "spectral"}, train=keys)))
+    found = differences(runs[-1], runs[0])
+    assert max(difference.size for difference in found.values()) == 0
+    model, _ = load_checkpoint(runs[0] / "checkpoints" / "step-00000008")
+    for name, matrix in effective(model).items():
+        gain = float(model.get_submodule(name).weight_norm.gain)
+        assert float(torch.linalg.matrix_norm(matrix, 2)) == pytest.approx(gain, rel=3e-2), name
 
 
 def test_conditioning_lowers_the_condition_number() -> None:
