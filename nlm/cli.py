@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 EXAMPLES = """\
@@ -172,11 +172,29 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _schemes(options: argparse.Namespace) -> None:
-    from dataclasses import fields
+    from inspect import Parameter, signature
+    from textwrap import shorten
 
+    from nlm.norms import NORMS
+    from nlm.optim import OPTIMIZERS
     from nlm.schemes import SCHEMES
+    from nlm.schemes.inits import INITS
+    from nlm.scores import SCORES
+    from nlm.weight_norms import WEIGHT_NORMS
 
-    for name, scheme in SCHEMES.items():
-        options_ = ", ".join(f"{field.name}={field.default!r}" for field in fields(scheme))
-        module_doc = sys.modules[scheme.__module__].__doc__ or ""
-        print(f"{name:12} {module_doc.splitlines()[0]}" + (f"\n{'':12} fields: {options_}" if options_ else ""))
+    choices: dict[str, Mapping[str, type]] = {
+        "model.scheme.name": SCHEMES,
+        "model.init": INITS,
+        "model.norm": NORMS,
+        "model.attention.score": SCORES,
+        "model.weight_norm": WEIGHT_NORMS,
+        "optim.name": OPTIMIZERS,
+    }
+    for key, named in choices.items():
+        print(key)
+        for name, chosen in named.items():
+            doc = (sys.modules[chosen.__module__] if named in (SCHEMES, OPTIMIZERS) else chosen).__doc__ or ""
+            summary = shorten(doc.partition("\n\n")[0], 160)
+            own = [p for p in signature(chosen).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+            fields = ", ".join(p.name if p.default is Parameter.empty else f"{p.name}={p.default!r}" for p in own)
+            print(f"  {name:26} {summary}" + (f"\n{'':28} fields: {fields}" if fields else ""))

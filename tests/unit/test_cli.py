@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from nlm import SCHEMES
+from nlm import NORMS, SCHEMES, SCORES, WEIGHT_NORMS
 from nlm.cli import main
 from nlm.config import Config
+from nlm.optim import OPTIMIZERS
+from nlm.schemes.inits import INITS
 
 RunConfig = Callable[..., Config]
 
@@ -45,7 +47,9 @@ def test_train_and_report(config: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_schemes_are_listed_with_their_fields(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schemes"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in SCHEMES) and "residual_init=True" in shown
+    for choices in (SCHEMES, NORMS, SCORES, WEIGHT_NORMS, INITS, OPTIMIZERS):
+        assert all(f"\n  {name} " in shown for name in choices)
+    assert "residual_init=True" in shown and "p=0.0625" in shown
 
 
 def refused(config: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
