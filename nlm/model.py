@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nlm.activations import ACTIVATIONS
-from nlm.anatomy import SLOTS, WRITES, Axis, Kind, Role, Site, Span, Weight
+from nlm.anatomy import MATRICES, SLOTS, WRITES, Axis, Kind, Role, Site, Span, Weight
 from nlm.config import ModelConfig
 from nlm.norms import NormSite
 from nlm.parallel.tensor import TensorParallel
@@ -301,7 +301,9 @@ class Transformer(nn.Module):
         def norm_at(width: Span, site: Site) -> nn.Module:
             return norm(NormSite(width, tp, config.norm_eps, config.bias, site))
 
-        design = Design(config, scheme, norm_at, partial(score, heads), weight_norms or {}, slots, spans, tp)
+        self.design = design = Design(
+            config, scheme, norm_at, partial(score, heads), weight_norms or {}, slots, spans, tp
+        )
         ends = design.site(0, "stack")
 
         # A tied table stands at both ends.
@@ -333,6 +335,14 @@ class Transformer(nn.Module):
         # An attribute, not an argument: what wraps a model copies its arguments, lists among them.
         self.signals: list[Tensor] | None = None
         self.precision = "fp32"
+
+    def weight_norm_of(self, weight: Weight) -> WeightNorm | None:
+        """What the forward makes of a matrix, whichever part of the stack has it; a description, without memory."""
+        if weight.role not in MATRICES:
+            return None
+        outputs, inputs = (Span.whole(size) for size in weight.shape)
+        with torch.device("meta"):
+            return self.design.normalizer(weight.role, outputs, inputs, weight.site)
 
     def forward(
         self,

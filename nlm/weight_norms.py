@@ -6,6 +6,7 @@ The norm is of a whole row [in], of which tensor parallel ranks may have parts. 
 from collections.abc import Callable
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from nlm.anatomy import Role, Span
@@ -87,36 +88,75 @@ class WeightNormalization(Gained):
         return self.gain[:, None] * self.unit_rows(weight)
 
 
-class Spectral(WeightNorm):
-    """γ W / σ with the largest singular value σ of W, and one learned γ that starts at 1 (σReparam, Zhai et al. 2023,
-    arXiv:2303.06296, eq. 4; Miyato et al. 2018, arXiv:1802.05957).
+class Singular(WeightNorm):
+    """Something that knows the singular vectors u and v of the matrix's largest singular value.
 
-    σ = uᵀ W v along singular vectors that follow the matrix by one power iteration after each update
-    (`nlm.optim.spectral`), never in the forward, which recomputation and microbatches repeat. No gradient flows through
-    u and v, one does through W.
+    They follow the matrix by one power iteration after each update (`nlm.optim.spectral`), never in the forward, which
+    recomputation and microbatches repeat. No gradient flows through them.
     """
+
+    def __init__(self, outputs: Span, inputs: Span, tp: TensorParallel) -> None:
+        super().__init__(outputs, inputs, tp)
+        self.spans = {"u": (outputs,), "v": (inputs,)}
+        self.initial: Initial = {
+            "u": lambda matrix: singular_vectors(matrix)[0],
+            "v": lambda matrix: singular_vectors(matrix)[1],
+        }
+        self.u: Tensor
+        self.v: Tensor
+        self.register_buffer("u", torch.empty(len(outputs)))
+        self.register_buffer("v", torch.empty(len(inputs)))
+
+
+class Spectral(Singular):
+    """γ W / σ with the largest singular value σ = uᵀ W v, and one learned γ that starts at 1 (σReparam, Zhai et al.
+    2023, arXiv:2303.06296, eq. 4; Miyato et al. 2018, arXiv:1802.05957)."""
 
     roles = {"gain": Role.SCALE}
 
     def __init__(self, outputs: Span, inputs: Span, tp: TensorParallel) -> None:
         super().__init__(outputs, inputs, tp)
-        self.spans = {"gain": (Span.whole(1),), "u": (outputs,), "v": (inputs,)}
-        self.initial: Initial = {
-            "gain": 1.0,
-            "u": lambda matrix: singular_vectors(matrix)[0],
-            "v": lambda matrix: singular_vectors(matrix)[1],
-        }
+        self.spans["gain"] = (Span.whole(1),)
+        self.initial["gain"] = 1.0
         self.gain = nn.Parameter(torch.empty(1))
-        self.u: Tensor
-        self.v: Tensor
-        self.register_buffer("u", torch.empty(len(outputs)))
-        self.register_buffer("v", torch.empty(len(inputs)))
 
     def forward(self, weight: Tensor) -> Tensor:
         weight = precise(weight)
         sigma = self.u @ weight @ self.v
         whole = self.outputs.is_whole and self.inputs.is_whole
         return weight * (self.gain / (sigma if whole else self.tp.sum(sigma)))
+
+
+class NormLoss(WeightNorm):
+    """The matrix itself, whose rows each update pulls to norm 1, in the place of weight decay: a decoupled step on
+    `strength` · Σ (1 - ‖W_i‖)² (Georgiou et al. 2021, arXiv:2103.06583; the strength is Ranger21's)."""
+
+    def __init__(self, outputs: Span, inputs: Span, tp: TensorParallel, *, strength: PositiveFloat = 1e-4) -> None:
+        super().__init__(outputs, inputs, tp)
+        self.strength = strength
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+class SpectralRegularization(Singular):
+    """The matrix itself, whose largest singular value each update pulls to 1: a decoupled step on `strength` ·
+    (σ^`power` - 1)² (Lewandowski et al. 2024, arXiv:2406.06811; power and strength UNVERIFIED)."""
+
+    def __init__(
+        self,
+        outputs: Span,
+        inputs: Span,
+        tp: TensorParallel,
+        *,
+        strength: PositiveFloat = 1e-4,
+        power: PositiveInt = 2,
+    ) -> None:
+        super().__init__(outputs, inputs, tp)
+        self.strength, self.power = strength, power
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
 
 
 POWER_ITERATIONS = 15
@@ -140,4 +180,6 @@ WEIGHT_NORMS: dict[str, type[WeightNorm]] = {
     "scaled_weight_standardization": ScaledStandardization,
     "weight_conditioning": Conditioning,
     "spectral": Spectral,
+    "norm_loss": NormLoss,
+    "spectral_regularization": SpectralRegularization,
 }

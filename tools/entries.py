@@ -41,7 +41,7 @@ def words_of(choice: Model) -> list[str]:
 def mixed() -> dict[str, Model]:
     """Scheme i with norm i + 2 and score i of their lists, which begin again where they end; some normalize weights."""
     # Standardized weights are large: they go with schemes that normalize what a sublayer reads.
-    suited = ("pre_ln", "sub_ln", "normformer", "layerscale", "peri_ln", "sandwich_ln")
+    suited = ("pre_ln", "sub_ln", "normformer", "layerscale", "peri_ln", "sandwich_ln", "branch_scaled")
     weight_norms = dict(zip(suited, WEIGHT_NORMS, strict=False))
     scores = [choice for choice in SCORE_CHOICES if "detach" not in choice]  # its gradient has no bound
     found: dict[str, Model] = {}

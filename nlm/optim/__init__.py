@@ -13,10 +13,18 @@ from nlm.optim.muon import Muon
 from nlm.optim.project import projection
 from nlm.optim.ranger21 import Ranger21
 from nlm.optim.schedule import learning_rate
-from nlm.optim.spectral import singular_vectors
+from nlm.optim.weight_norm import WeightNormUpdate
 from nlm.parallel.pieces import Pieces
 
-__all__ = ["OPTIMIZERS", "adamw", "clip_gradients", "learning_rate", "make_optimizer", "projection", "singular_vectors"]
+__all__ = [
+    "OPTIMIZERS",
+    "WeightNormUpdate",
+    "adamw",
+    "clip_gradients",
+    "learning_rate",
+    "make_optimizer",
+    "projection",
+]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": AdamW,

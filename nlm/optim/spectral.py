@@ -8,37 +8,32 @@ from torch import Tensor
 from nlm.model import Transformer
 from nlm.optim.slices import Slices, products
 from nlm.parallel.pieces import Pieces
-from nlm.weight_norms import Spectral
-
-
-def singular_vectors(pieces: Pieces, models: Sequence[Transformer]) -> "SingularVectors | None":
-    """None where no rank has a matrix that needs them."""
-    mine = sum(isinstance(module, Spectral) for model in models for module in model.modules())
-    n = pieces.mesh.sum(torch.tensor(mine, device=pieces.mesh.device))
-    return SingularVectors(pieces, models) if n else None
+from nlm.weight_norms import Singular
 
 
 class SingularVectors:
-    """u and v of every matrix that a Spectral normalizes, the same on every rank.
+    """u and v of every matrix that has a Singular, the same on every rank.
 
-    `shared`, under the names of its buffers, is to be saved.
+    `joint` has them in the places of the matrices' rows and columns, `shared`, which is to be saved, under the names of
+    their buffers.
     """
 
-    def __init__(self, pieces: Pieces, models: Sequence[Transformer]) -> None:
+    def __init__(self, pieces: Pieces, models: Sequence[Transformer], names: Sequence[str]) -> None:
         self.pieces = pieces
-        self.modules = {
-            f"{name.removesuffix('weight_norm')}weight": module
-            for model in models
-            for name, module in model.named_modules()
-            if isinstance(module, Spectral)
+        modules = {name: module for model in models for name, module in model.named_modules()}
+        owners = {name: f"{name.removesuffix('weight')}weight_norm" for name in names}
+        self.modules: dict[str, Singular] = {
+            name: modules[owner]
+            for name, owner in owners.items()
+            if owner in modules  # type: ignore[misc]
         }
-        self.slices = {"u": Slices(pieces, over=1), "v": Slices(pieces, over=0)}
+        self.rows, self.columns = Slices(pieces, over=1), Slices(pieces, over=0)
+        self.slices = {"u": self.rows, "v": self.columns}
         self.joint = {field: self._joined(field) for field in self.slices}
         self.shared = {
-            f"{matrix.removesuffix('weight')}weight_norm.{field}": part
+            f"{owner}.{field}": slices.by_parameter(self.joint[field])[name]
             for field, slices in self.slices.items()
-            for matrix, part in slices.by_parameter(self.joint[field]).items()
-            if part.any()
+            for name, owner in owners.items()
         }
 
     def _joined(self, field: str) -> Tensor:
@@ -46,32 +41,36 @@ class SingularVectors:
         slices = self.slices[field]
         sums = torch.zeros(2, slices.n, dtype=torch.float64, device=self.pieces.mesh.device)
         vectors, holders = (slices.by_parameter(row) for row in sums)
-        for matrix, module in self.modules.items():
+        for name, module in self.modules.items():
             (span,) = module.spans[field]
-            vectors[matrix][span.start : span.stop] = getattr(module, field)
-            holders[matrix][span.start : span.stop] = 1
+            vectors[name][span.start : span.stop] = getattr(module, field)
+            holders[name][span.start : span.stop] = 1
         total, n_holders = self.pieces.mesh.sum(sums)
         return total / n_holders.clamp(min=1)
 
     @torch.no_grad()
     def update(self, left_out: Tensor | None) -> None:
         """After the weights': v ← Wᵀu and u ← W v, of length 1."""
-        rows, columns, w = self.slices["u"], self.slices["v"], self.pieces.tensors
-        v = _unit(columns, columns.sums(products(w, rows.spread(self.joint["u"])))[0])
-        u = _unit(rows, rows.sums(products(w, columns.spread(v)))[0])
+        w = self.pieces.tensors
+        v = _unit(self.columns, self.columns.sums(products(w, self.rows.spread(self.joint["u"])))[0])
+        u = _unit(self.rows, self.images(v))
         for field, new in (("u", u), ("v", v)):
             old = self.joint[field]
             old.copy_(new if left_out is None else new.where(~left_out, old))
         self.place()
+
+    def images(self, v: Tensor) -> Tensor:
+        """W v of all matrices."""
+        return self.rows.sums(products(self.pieces.tensors, self.columns.spread(v)))[0]
 
     @torch.no_grad()
     def place(self) -> None:
         """What the modules compute with, from what is shared."""
         for field, slices in self.slices.items():
             parts = slices.by_parameter(self.joint[field])
-            for matrix, module in self.modules.items():
+            for name, module in self.modules.items():
                 (span,) = module.spans[field]
-                getattr(module, field).copy_(parts[matrix][span.start : span.stop])
+                getattr(module, field).copy_(parts[name][span.start : span.stop])
 
 
 def _unit(slices: Slices, joint: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from nlm.batch import Batch
 from nlm.config import Config
 from nlm.mesh import Mesh
 from nlm.model import Transformer
-from nlm.optim import clip_gradients, make_optimizer, projection, singular_vectors
+from nlm.optim import WeightNormUpdate, clip_gradients, make_optimizer, projection
 from nlm.parallel.pieces import Pieces
 
 
@@ -31,7 +31,7 @@ class Engine(ABC):
         self.config, self.mesh, self.models, self.pieces = config, mesh, models, pieces
         self.optimizer = make_optimizer(pieces, config.optim)
         self._project = projection(pieces)
-        self._vectors = singular_vectors(pieces, models)
+        self._weight_norms = WeightNormUpdate(pieces, models)
         self.microbatches = config.parallel.microbatches
         for model in models:
             model.precision = config.train.precision
@@ -54,18 +54,16 @@ class Engine(ABC):
         are gone."""
         self.optimizer.step(lr, left_out)
         self._project(left_out)
-        if self._vectors:
-            self._vectors.update(left_out)
+        self._weight_norms(lr, left_out)
 
     @property
     def shared(self) -> dict[str, Tensor]:
         """By name, the state that every rank has as a whole."""
-        return self.optimizer.shared | (self._vectors.shared if self._vectors else {})
+        return self.optimizer.shared | self._weight_norms.shared
 
     def goes_on(self) -> None:
         """After parameters and state have been read."""
-        if self._vectors:
-            self._vectors.place()
+        self._weight_norms.place()
 
     def start_after(self, updates: int) -> None:
         """Goes on from pieces that were changed in place, after so many updates; the state is read later."""

@@ -13,7 +13,7 @@ from nlm import NORMS, WEIGHT_NORMS
 from nlm.build import design
 from nlm.config import Config
 from nlm.init import init
-from nlm.weight_norms import Spectral
+from nlm.weight_norms import Singular
 
 MakeConfig = Callable[..., Config]
 LIMIT = 1e-9
@@ -27,7 +27,7 @@ def difference(config: Config) -> float:
         for parameter in model.parameters():
             parameter += 0.3 * (parameter.abs().mean() + 0.1) * torch.randn(parameter.shape, generator=generator)
         for module in model.modules():
-            if isinstance(norm := getattr(module, "weight_norm", None), Spectral):
+            if isinstance(norm := getattr(module, "weight_norm", None), Singular):
                 left, _, right = torch.linalg.svd(module.weight)
                 norm.u.copy_(left[:, 0])
                 norm.v.copy_(right[0])

@@ -2,19 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nlm import WEIGHT_NORMS, build_model, load_checkpoint
-from nlm.anatomy import Span
+from nlm import WEIGHT_NORMS, build_model, load_checkpoint, weight_norms
+from nlm.anatomy import MATRICES, Role, Span
 from nlm.batch import Batch
 from nlm.build import build_engine
 from nlm.compare import differences
 from nlm.config import Config, ConfigError
 from nlm.mesh import Mesh
-from nlm.model import held
+from nlm.model import Transformer, held, weights
 from nlm.parallel.tensor import TensorParallel
 from nlm.train import train
 from nlm.weight_norms import WeightNorm
@@ -119,6 +120,59 @@ def test_singular_vectors_are_in_the_checkpoint(run_config: Callable[..., Config
     for name, matrix in effective(model).items():
         gain = float(model.get_submodule(name).weight_norm.gain)
         assert float(torch.linalg.matrix_norm(matrix, 2)) == pytest.approx(gain, rel=3e-2), name
+
+
+def trained(make_config: MakeConfig, weight_norm: dict[str, Any] | None, steps: int, lr: float) -> Transformer:
+    model = {"weight_norm": weight_norm} if weight_norm else {}
+    engine = build_engine(make_config(model, optim={"weight_decay": 0.0}), Mesh())
+    for step in range(steps):
+        engine.forward_backward(Batch(torch.randint(96, (4, 13), generator=torch.Generator().manual_seed(step))))
+        engine.clip()
+        engine.update(lr)
+    return engine.models[0]
+
+
+def test_norm_loss_is_a_step_towards_rows_of_norm_one(make_config: MakeConfig) -> None:
+    """After the optimizer's own: w ← w (1 - lr · 2λ (1 - 1/‖w‖)), of the roles that have it."""
+    lr, strength = 1e-2, 0.5
+    plain = trained(make_config, None, 1, lr)
+    pulled = trained(make_config, {"name": "norm_loss", "strength": strength, "roles": ["q", "down"]}, 1, lr)
+    for (name, ours, weight), theirs in zip(weights(pulled), plain.parameters(), strict=True):
+        expected = theirs.detach()
+        if weight.role in {Role.Q, Role.DOWN}:
+            expected = expected * (1 - lr * 2 * strength * (1 - 1 / expected.norm(dim=1, keepdim=True)))
+        assert torch.allclose(ours, expected, atol=1e-6), name
+    far = trained(make_config, {"name": "norm_loss", "strength": 20.0}, 60, 1e-2)
+    for _, parameter, weight in weights(far):
+        if weight.site and weight.role in MATRICES:
+            assert (parameter.norm(dim=1) - 1).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_spectral_regularization_is_a_step_towards_norm_one(
+    make_config: MakeConfig, power: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the optimizer's own: W ← W - lr · λ · 2k (σᵏ - 1) σᵏ⁻¹ u vᵀ."""
+    monkeypatch.setattr(weight_norms, "POWER_ITERATIONS", 1000)
+    lr, strength = 1e-2, 0.5
+    plain = trained(make_config, None, 1, lr)
+    choice = {"name": "spectral_regularization", "strength": strength, "power": power}
+    for (name, ours, weight), theirs in zip(
+        weights(trained(make_config, choice, 1, lr)), plain.parameters(), strict=True
+    ):
+        change = ours.detach() - theirs.detach()
+        if weight.site is None or weight.role not in MATRICES:
+            assert change.abs().max() == 0, name
+            continue
+        left, values, right = torch.linalg.svd(theirs.detach())
+        slope = 2 * power * (values[0] ** power - 1) * values[0] ** (power - 1)
+        expected = -lr * strength * slope
+        assert float(left[:, 0] @ change @ right[0]) == pytest.approx(float(expected), rel=0.15), name
+        assert torch.linalg.matrix_rank(change, rtol=1e-3) == 1
+    far = trained(make_config, choice | {"strength": 20.0}, 60, 1e-2)
+    for name, parameter, weight in weights(far):
+        if weight.site and weight.role in MATRICES:
+            assert float(torch.linalg.matrix_norm(parameter.detach(), 2)) < 1.15, name
 
 
 def test_conditioning_lowers_the_condition_number() -> None:

@@ -310,7 +310,7 @@ class Transcription:
         """[out in], as it enters the product: a row is what one output reads."""
         w, gain = self.p[f"{at}.weight"], f"{at}.weight_norm.gain"
         match self.weight_norm_of(at.rpartition(".")[2].removeprefix("w_").removeprefix("w")):
-            case None:
+            case None | "norm_loss" | "spectral_regularization":  # these act on the updates
                 return w
             case "weight_norm":
                 return self.p[gain][:, None] * unit(w)
