@@ -169,10 +169,10 @@ def test_spectral_regularization_is_a_step_towards_norm_one(
         expected = -lr * strength * slope
         assert float(left[:, 0] @ change @ right[0]) == pytest.approx(float(expected), rel=0.05), name
         assert torch.linalg.matrix_rank(change, rtol=1e-3) == 1
-    far = trained(make_config, choice | {"strength": 20.0}, 60, 1e-2)
+    far = trained(make_config, choice | {"strength": 20.0 / power**3}, 100, 1e-2)
     for name, parameter, weight in weights(far):
         if weight.site and weight.role in MATRICES:
-            assert float(torch.linalg.matrix_norm(parameter.detach(), 2)) < 1.15, name
+            assert float(torch.linalg.matrix_norm(parameter.detach(), 2)) < 1.3, name
 
 
 def test_conditioning_lowers_the_condition_number() -> None:
