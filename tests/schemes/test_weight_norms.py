@@ -172,7 +172,7 @@ def test_spectral_regularization_is_a_step_towards_norm_one(
     far = trained(make_config, choice | {"strength": 20.0 / power**3}, 100, 1e-2)
     for name, parameter, weight in weights(far):
         if weight.site and weight.role in MATRICES:
-            assert float(torch.linalg.matrix_norm(parameter.detach(), 2)) < 1.3, name
+            assert float(torch.linalg.matrix_norm(parameter.detach(), 2)) < 1.5, name
 
 
 def test_conditioning_lowers_the_condition_number() -> None:
