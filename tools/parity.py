@@ -147,7 +147,11 @@ INSIDE_ROWS = {
 }
 MIXED_ROWS = {
     name: Row(
-        name, MODEL | model | {"stochastic_depth": 0.2 * (i % 2)}, ("fsdp2xtp2xpp2", "zero1xtp2", "pp2-zbv"), limit=1e-7
+        name,
+        MODEL | {"n_layers": 4} | model | {"stochastic_depth": 0.2 * (i % 2)},
+        ("fsdp2xtp2xpp2", "zero1xtp2", "pp2-zbv"),
+        everywhere={"microbatches": 4},
+        limit=1e-7,
     )
     for i, (name, model) in enumerate(MIXED.items())
 }
