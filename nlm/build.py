@@ -75,7 +75,7 @@ def parse_config(table: Table) -> Config:
 def build_model(config: Config, seed: int | None = None, device: str | torch.device = "cpu") -> Transformer:
     """The whole model of a config in float32, materialized and initialized; `seed` defaults to train.seed."""
     seed = config.train.seed if seed is None else seed
-    return init(design(config).to_empty(device=device), seed, _calibrated(config, seed))
+    return init(design(config).to_empty(device=device), seed, calibration(config, seed))
 
 
 def design(config: Config, tp: TensorParallel | None = None, part: Part | None = None) -> Transformer:
@@ -96,7 +96,7 @@ def _scheme(model: ModelConfig) -> Scheme:
     return scheme if model.init is None else INITS[model.init.name](scheme, **model.init.fields)
 
 
-def _calibrated(config: Config, seed: int) -> dict[str, float]:
+def calibration(config: Config, seed: int) -> dict[str, float]:
     """What depends on what comes out of the layers before, where the init or the norm has such."""
     scheme = _scheme(config.model)
     target = scheme.target if isinstance(scheme, LSUV) else None
@@ -140,7 +140,7 @@ def prepare(model: Transformer, config: Config, mesh: Mesh) -> Transformer:
     if config.train.precision == "fp64":
         model.double()
     shard(model, config.parallel, mesh)
-    init(model.to_empty(device=mesh.device), config.train.seed, _calibrated(config, config.train.seed))
+    init(model.to_empty(device=mesh.device), config.train.seed, calibration(config, config.train.seed))
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
     if config.parallel.recompute == "block":
         recompute_blocks(model)

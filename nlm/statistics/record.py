@@ -46,7 +46,8 @@ class LayerStatistics:
         names += [f"{norm}/{role}" for norm in ("grad_norm", "weight_norm", "update_ratio") for role in self.roles]
         names += [f"{signal}/{sublayer}" for sublayer in SUBLAYERS for signal in SIGNALS]
         layer = gradient.norm(dim=1, keepdim=True)
-        columns = torch.cat([layer, gradient, weight, update / weight, signals.flatten(1)], dim=1)
+        ratio = (update / weight).where(weight > 0, 0)  # what still is 0 has none
+        columns = torch.cat([layer, gradient, weight, ratio, signals.flatten(1)], dim=1)
         table = columns.T.float().cpu().numpy()  # one transfer to the host
         return dict(zip(names, table, strict=True))
 

@@ -245,13 +245,13 @@ def test_another_config_on_one_rank(launch: Launch) -> None:
 
 def test_other_code_on_one_rank(launch: Launch, tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "copy" / "nlm", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "copy" / "nlm" / "norms.py").write_text((PACKAGE / "norms.py").read_text() + "\n# another version\n")
+    (tmp_path / "copy" / "nlm" / "guard.py").write_text((PACKAGE / "guard.py").read_text() + "\n# another version\n")
     ranks = launch(2)
     ranks.start(0)
     ranks.start(1, PYTHONPATH=str(tmp_path / "copy"))
     assert ranks.end() == {0: 2, 1: 2}
     said = ranks.everything()
-    assert len(re.findall(rf"rank 1 on {HOST}: sha256 of nlm/norms.py is '\w+' and not '\w+'\n", said)) == 1
+    assert len(re.findall(rf"rank 1 on {HOST}: sha256 of nlm/guard.py is '\w+' and not '\w+'\n", said)) == 1
     assert len(said.splitlines()) == 2
 
 

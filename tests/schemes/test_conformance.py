@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nlm import SCHEMES, build_model
 from nlm.anatomy import MATRICES, Role
-from nlm.build import build_engine
+from nlm.build import build_engine, calibration
 from nlm.config import Config
 from nlm.init import init
 from nlm.mesh import Mesh
@@ -70,7 +70,7 @@ def test_init_fills_everything(config: Config) -> None:
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
-    init(model, config.train.seed)
+    init(model, config.train.seed, calibration(config, config.train.seed))
     for (name, ours), theirs in zip(
         (*model.named_parameters(), *model.named_buffers()),
         (*expected.parameters(), *expected.buffers()),

@@ -46,11 +46,11 @@ def test_recorded_against_an_independent_count(
         return float(x.detach().double().square().mean().sqrt())
 
     for l, block in model.blocks.items():
-        for kind in ("attn", "ffn"):
+        for kind, name in zip(("attn", "ffn"), block.names, strict=True):
             keep = lambda _, __, y, at=f"{l}.{kind}": branch.update({at: rms(y)})  # noqa: E731
-            getattr(block, kind).register_forward_hook(keep)
+            getattr(block, name).register_forward_hook(keep)
             both = lambda _, x, y, at=f"{l}.{kind}": stream.update({f"{at}.in": rms(x[0]), f"{at}.out": rms(y)})  # noqa: E731
-            getattr(block, f"{kind}_residual").register_forward_hook(both)
+            getattr(block, f"{name}_residual").register_forward_hook(both)
     rows = torch.from_numpy(Corpus(config).batch(1).tokens)
     logits = model(rows[:, :-1])
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
