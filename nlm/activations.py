@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nlm.config import GATED
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
@@ -17,7 +19,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Of what W_up gives, or, of the gated ones, of what W_gate gives, before the two are multiplied."""
 
-GATED = frozenset({"swiglu", "geglu"})
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """Between -cap and cap, and about x where that is small beside it (Gemma 2, 2024, section 2)."""
+    return cap * (x / cap).tanh()
 
 
 def unit_variance_gain(activation: str) -> float:

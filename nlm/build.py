@@ -122,12 +122,13 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     parallel = config.parallel
     whole = design(config, mesh.tp)
     weights = {h.name: h.weight for h in held(whole)}
+    values = calibration(config, config.train.seed)
     if parallel.pp > 1:
         parts = split(config.model, config.train.seq_len, parallel.n_stages)
         stages = stages_of(mesh.rank("pp"), parallel)
-        models = [prepare(design(config, mesh.tp, parts[stage]), config, mesh) for stage in stages]
+        models = [prepare(design(config, mesh.tp, parts[stage]), config, mesh, values) for stage in stages]
         return PipelineEngine(config, mesh, models, weights, stages)
-    model = prepare(whole, config, mesh)
+    model = prepare(whole, config, mesh, values)
     if parallel.engine == "deepspeed":
         from nlm.parallel.deepspeed import DeepSpeedEngine  # an optional extra, imported only when chosen
 
@@ -135,12 +136,12 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     return WholeEngine(config, mesh, model, weights)
 
 
-def prepare(model: Transformer, config: Config, mesh: Mesh) -> Transformer:
+def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str, float]) -> Transformer:
     """Sharded, materialized, initialized, recomputed and compiled as the config has it."""
     if config.train.precision == "fp64":
         model.double()
     shard(model, config.parallel, mesh)
-    init(model.to_empty(device=mesh.device), config.train.seed, calibration(config, config.train.seed))
+    init(model.to_empty(device=mesh.device), config.train.seed, values)
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
     if config.parallel.recompute == "block":
         recompute_blocks(model)
@@ -153,9 +154,8 @@ def _bad_choices(model: Mapping[str, Any]) -> Iterable[str]:
     yield from _bad_choice("model.scheme", model.get("scheme"), SCHEMES)
     yield from _bad_choice("model.init", model.get("init"), INITS)
     yield from _bad_choice("model.norm", model.get("norm"), NORMS)
-    yield from _bad_choice(
-        "model.attention", {"score": AttentionChoice().score} | model.get("attention", {}), SCORES, "score"
-    )
+    if isinstance(attention := model.get("attention", {}), dict):
+        yield from _bad_choice("model.attention", {"score": AttentionChoice().score} | attention, SCORES, "score")
     yield from _bad_choice("model.weight_norm", model.get("weight_norm"), WEIGHT_NORMS, also=("roles",))
 
 

@@ -63,12 +63,17 @@ class AttentionChoice(Choice):
     score: str = "softmax"
 
 
+Matrix = Literal["embed", "q", "k", "v", "o", "gate", "up", "down", "head"]
+"""A role of matrices, by name."""
+
+GATED = frozenset({"swiglu", "geglu"})
+"""Activations of a feed-forward sublayer that has a third matrix, the gate."""
+
+
 class WeightNormChoice(NamedChoice):
     """`roles`: of the matrices that have it."""
 
-    roles: list[Literal["embed", "q", "k", "v", "o", "gate", "up", "down", "head"]] = Field(
-        default=["q", "k", "v", "o", "gate", "up", "down"], min_length=1
-    )
+    roles: list[Matrix] = Field(default=["q", "k", "v", "o", "gate", "up", "down"], min_length=1)
 
 
 def _named(value: Any) -> Any:
@@ -120,13 +125,13 @@ class ModelConfig(Section):
         if _positive(dim) and _positive(heads) and dim % heads == 0:
             derived["head_dim"] = dim // heads
         if _positive(dim):
-            gated = table.get("activation") in {"swiglu", "geglu"}
+            gated = table.get("activation") in GATED
             derived["ffn_dim"] = -(-8 * dim // 24) * 8 if gated else 4 * dim
         return derived | table
 
     @property
     def gated(self) -> bool:
-        return self.activation in {"swiglu", "geglu"}
+        return self.activation in GATED
 
 
 class TrainConfig(Section):

@@ -1,6 +1,7 @@
 """Filling a model: every value depends on (seed, name) only, never on the order or the place of the others."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from hashlib import blake2b
 from types import MappingProxyType
 
@@ -22,6 +23,7 @@ def init(model: Transformer, seed: int, calibrated: Mapping[str, float] = Mappin
     """
     parameters = {h.name: h for h in held(model)}
 
+    @lru_cache(maxsize=1)  # what stands beside a matrix may want it again
     def drawn(name: str) -> Tensor:
         return _drawn(name, parameters[name].weight, model, seed) * calibrated.get(name, 1.0)
 

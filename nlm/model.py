@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nlm.activations import ACTIVATIONS
+from nlm.activations import ACTIVATIONS, soft_cap
 from nlm.anatomy import MATRICES, SLOTS, WRITES, Axis, Kind, Role, Site, Span, Weight
 from nlm.config import ModelConfig
 from nlm.norms import NormSite
@@ -404,7 +404,7 @@ class Transformer(nn.Module):
         else:
             logits = self.logits(self.head(x))
         cap = self.config.logits_cap
-        return logits if cap is None else cap * (logits / cap).tanh()  # type: ignore[no-any-return]
+        return logits if cap is None else soft_cap(logits, cap)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,6 @@ def precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def unit(x: Tensor, dim: int = -1) -> Tensor:
-    """[… D] -> [… D]: x / max(‖x‖₂, 1e-12) over an axis."""
-    return F.normalize(x, dim=dim, eps=1e-12)
+def unit(x: Tensor) -> Tensor:
+    """[… D] -> [… D]: x / max(‖x‖₂, 1e-12) over the last axis."""
+    return F.normalize(x, dim=-1, eps=1e-12)

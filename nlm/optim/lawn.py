@@ -4,19 +4,18 @@ UNVERIFIED: from a summary of the paper's algorithm, without its text or code. O
 front of which and after which there is no norm to make their scale irrelevant: by default the head.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
-from nlm.config import Betas, OptimConfig
+from nlm.config import Betas, Matrix, OptimConfig
 from nlm.optim.adam import Adam
 from nlm.optim.base import Descent, Tensors
 from nlm.optim.slices import Slices, products
 from nlm.parallel.pieces import Pieces
 
-Matrix = Literal["embed", "q", "k", "v", "o", "gate", "up", "down", "head"]
 Matrices = Annotated[tuple[Matrix, ...], Field(strict=False, min_length=1)]
 
 

@@ -6,6 +6,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from nlm.activations import soft_cap
 from nlm.anatomy import Role, Span
 from nlm.norms import NormSite, RMSNorm, unit
 from nlm.scores.base import Heads, PlacedScore, Weighed, softmax_attention
@@ -86,7 +87,7 @@ class SoftCap(Weighed):
         self.cap = cap
 
     def weigh(self, scores: Tensor, visible: Tensor) -> Tensor:
-        return softmax(self.cap * (scores / self.cap).tanh(), visible)
+        return softmax(soft_cap(scores, self.cap), visible)
 
 
 class TopK(Weighed):

@@ -156,6 +156,11 @@ def test_missing_keys_are_named(minimal: Path) -> None:
     assert problems(minimal) == ("train.steps: missing; give it a value", "data.train: missing; give it a value")
 
 
+def test_a_choice_that_is_no_table(minimal: Path) -> None:
+    (problem,) = problems(minimal, "model.attention=softmax")
+    assert problem.startswith("model.attention: ") and "'softmax'" in problem
+
+
 @pytest.mark.parametrize("text", ["[model", "a = 1\na = 2", "extends = 3"])
 def test_files_that_are_no_config(minimal: Path, text: str) -> None:
     minimal.write_text(text)
