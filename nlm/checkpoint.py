@@ -195,7 +195,7 @@ def load_checkpoint(path: str | Path) -> tuple[Transformer, Config]:
     parameters = {h.name: h for h in held(model)}
     kept = (_whole(name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
     _read(path, [*(_rectangle(name, h, h.tensor) for name, h in parameters.items()), *kept])
-    return model, config
+    return model.eval(), config
 
 
 def checkpoint_config(path: Path) -> Config:

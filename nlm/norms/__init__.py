@@ -1,5 +1,6 @@
 """Norm layers, usable wherever a scheme says `Norm()`, and NORMS, the choice by name."""
 
+from nlm.norms.batch import BatchNorm, PowerNorm, UnifiedNorm
 from nlm.norms.elementwise import ELN, DyISRU, DyT
 from nlm.norms.token import LayerNorm, NormLayer, NormSite, PartialRMSNorm, RMSNorm, ScaleNorm, precise, unit
 
@@ -11,6 +12,9 @@ NORMS: dict[str, type[NormLayer]] = {
     "dyt": DyT,
     "dyisru": DyISRU,
     "eln": ELN,
+    "powernorm": PowerNorm,
+    "unified": UnifiedNorm,
+    "batchnorm": BatchNorm,
 }
 
 __all__ = ["NORMS", "LayerNorm", "NormSite", "RMSNorm", "precise", "unit"]
