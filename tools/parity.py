@@ -148,7 +148,12 @@ INSIDE_ROWS = {
     if name not in (*SCHEMES, *MIXED, *ENCODERS)
 }
 ENCODER_ROWS = {
-    name: Row(name, MODEL | model, ("hsdp2x2", "fsdp2xtp2", "tp2+sp", "zero1xtp2"), everywhere={"microbatches": 1})
+    name: Row(
+        name,
+        MODEL | model | {"vocab_size": 259},
+        ("hsdp2x2", "fsdp2xtp2", "tp2+sp", "zero1xtp2"),
+        everywhere={"microbatches": 1},
+    )
     for name, model in ENCODERS.items()
 }
 MIXED_ROWS = {

@@ -30,8 +30,8 @@ class RunningStatistics:
         self.state = dict(zip(self.fields, self._mean(len(self.fields), _state), strict=True))
         self.pull = torch.zeros(self.n, dtype=torch.float64, device=pieces.mesh.device)
         owners = {f"{name}.weight": place for name, place in self.places.items()}
-        published = self.kind is not None and self.kind.published
-        self.gains = [i for i in pieces.counted if published and pieces.held[i].name in owners]
+        self.looks = self.kind is not None and self.kind.published
+        self.gains = [i for i in pieces.counted if pieces.held[i].name in owners]
         self.pulls = [pieces.held[i].part_of(self.pull[owners[pieces.held[i].name]]) for i in self.gains]
 
     @property
@@ -48,7 +48,7 @@ class RunningStatistics:
 
     def look(self, gradients: Sequence[Tensor]) -> None:
         """At gradients that are reduced, but not yet clipped: the gain times its own is Σ z times the gradient by z."""
-        if not self.gains:
+        if not self.looks:
             return
         self.pull.zero_()
         for i, pull in zip(self.gains, self.pulls, strict=True):

@@ -97,7 +97,7 @@ class TensorParallel(Ranks):
 
 def reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
     """[…] -> […]: the sum over a group, or another `op`, without a gradient."""
-    y: Tensor = torch.ops._c10d_functional.allreduce(x.contiguous(), op, group)
+    y: Tensor = torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group)
     return torch.ops._c10d_functional.wait_tensor(y)  # type: ignore[no-any-return]
 
 
