@@ -1,6 +1,7 @@
 """Norm layers, usable wherever a scheme says `Norm()`, and NORMS, the choice by name."""
 
 from nlm.norms.elementwise import ELN, DyISRU, DyT
+from nlm.norms.frozen import FrozenLayerNorm, FrozenRMSNorm, NoNorm
 from nlm.norms.token import LayerNorm, NormLayer, NormSite, PartialRMSNorm, RMSNorm, ScaleNorm, precise, unit
 
 NORMS: dict[str, type[NormLayer]] = {
@@ -11,6 +12,9 @@ NORMS: dict[str, type[NormLayer]] = {
     "dyt": DyT,
     "dyisru": DyISRU,
     "eln": ELN,
+    "frozen_layernorm": FrozenLayerNorm,
+    "frozen_rmsnorm": FrozenRMSNorm,
+    "none": NoNorm,
 }
 
 __all__ = ["NORMS", "LayerNorm", "NormSite", "RMSNorm", "precise", "unit"]
