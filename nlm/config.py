@@ -84,8 +84,9 @@ def _named(value: Any) -> Any:
 class ModelConfig(Section):
     """Left out, `n_kv_heads` is n_heads, `head_dim` dim / n_heads, and `ffn_dim` 4 · dim, or 8/3 · dim rounded
     up to a multiple of 8 for the gated activations, which have a third matrix. `bias` is for linear layers and
-    for the norms that have one, `head_bias` for the head, which has none otherwise. `norm` is a name, or a table of a name and the norm's own fields; `init`, for schemes
-    that have none of their own, and `weight_norm` likewise, this with the roles of the matrices that have it.
+    for the norms that have one, but not for the head, which has `head_bias`. `norm` is a name, or a table of a name and
+    the norm's own fields; `init`, for schemes that have none of their own, and `weight_norm` likewise, this with the
+    roles of the matrices that have it.
 
     `stochastic_depth` is the share of the samples for which the last layer drops each sublayer in training; that of the
     others grows to it evenly from 0 at the first. `logits_cap` bounds the logits by cap · tanh(logits / cap).

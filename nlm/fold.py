@@ -7,15 +7,16 @@ from typing import NamedTuple
 
 import torch
 
-from nlm.anatomy import READS
+from nlm.anatomy import READS, Site
 from nlm.build import build_model, parse_config
 from nlm.config import Config, ConfigError
 from nlm.model import Linear, Transformer, held
 
 
 class Reading(NamedTuple):
-    """A norm of the stream, and the linear layers that read it and nothing else, by name."""
+    """A norm of the stream, and the linear layers that read it and nothing else, by name; where they are."""
 
+    site: Site
     norm: str
     linears: tuple[str, ...]
 
@@ -35,19 +36,20 @@ def readings(model: Transformer) -> list[Reading]:
         )
     found = []
     for layer, block in model.blocks.items():
-        for sublayer in block.names:
-            linears = (
-                f"blocks.{layer}.{sublayer}.{name}"
-                for name, linear in getattr(block, sublayer).named_children()
+        for name in block.names:  # type: ignore[union-attr]
+            sublayer = getattr(block, name)
+            linears = tuple(
+                f"blocks.{layer}.{name}.{child}"
+                for child, linear in sublayer.named_children()
                 if isinstance(linear, Linear) and linear.roles["weight"] in READS
             )
-            found.append(Reading(f"blocks.{layer}.{sublayer}_residual.norm", tuple(linears)))
-    return [*found, Reading("final", ("head",))]
+            found.append(Reading(sublayer.site, f"blocks.{layer}.{name}_residual.norm", linears))
+    return [*found, Reading(model.design.site(0, "stack"), "final", ("head",))]
 
 
 @torch.no_grad()
 def folded(model: Transformer, config: Config) -> tuple[Transformer, Config]:
-    """A model of the same logits whose norms have neither gain nor bias, or, of frozen norms, that has none; its config.
+    """A model of the same logits whose norms have neither gain nor bias or, of frozen norms, that has none; its config.
 
     Linear layers get biases where the norms had some, a tied head becomes a matrix of its own, and weight norms their
     result. The tensors are new, in the precision of the model's; the products are taken in float64.
@@ -94,3 +96,11 @@ def folded(model: Transformer, config: Config) -> tuple[Transformer, Config]:
     for h in held(result):
         h.tensor.copy_(tensors[h.name])
     return result, config
+
+
+@torch.no_grad()
+def difference(model: Transformer, other: Transformer, seq_len: int) -> float:
+    """Of the logits for `seq_len` random tokens, the largest, relative to their standard deviation."""
+    tokens = torch.randint(model.config.vocab_size, (1, seq_len), generator=torch.Generator().manual_seed(0))
+    logits = model(tokens)
+    return float((other(tokens) - logits).abs().max() / logits.std())

@@ -85,9 +85,7 @@ class RMSNorm(ChannelNorm):
     at 0, as in Gemma. `gain = false`: without γ. It has no bias, whatever the model's choice for norms that may.
     """
 
-    def __init__(
-        self, at: NormSite, *, eps_outside: bool = False, one_plus: bool = False, gain: bool = True
-    ) -> None:
+    def __init__(self, at: NormSite, *, eps_outside: bool = False, one_plus: bool = False, gain: bool = True) -> None:
         super().__init__(replace(at, bias=False), gain)
         if one_plus and not gain:
             raise ValueError("model.norm.one_plus: is about the gain; remove it, or set gain = true")
