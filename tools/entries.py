@@ -12,7 +12,8 @@ Model = dict[str, Any]
 
 # By default pRMSNorm divides by two channels of 32, whose size may be next to nothing.
 NORM_FIELDS: dict[str, list[Model]] = {
-    "rmsnorm": [{}, {"eps_outside": True}, {"one_plus": True}],
+    "layernorm": [{}, {"gain": False}],
+    "rmsnorm": [{}, {"eps_outside": True}, {"one_plus": True}, {"gain": False}],
     "prmsnorm": [{"p": 0.3}],
 }
 SCORE_FIELDS: dict[str, list[Model]] = {
