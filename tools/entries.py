@@ -21,6 +21,9 @@ SCORE_FIELDS: dict[str, list[Model]] = {
     "top_k": [{"k": 3}],
     "sa_softmax": [{}, {"normalized": False}, {"detach": True}],
 }
+NOT_BOUNDED = {"frozen_layernorm", "frozen_rmsnorm", "none"}
+"""What these give is as large as what they read: they need a scheme with small branches. The others go with one that
+has norms over every axis there is."""
 NORM_CHOICES = [{"name": name} | fields for name in NORMS for fields in NORM_FIELDS.get(name, [{}])]
 SCORE_CHOICES = [{"score": name} | fields for name in SCORES for fields in SCORE_FIELDS.get(name, [{}])]
 
@@ -58,7 +61,7 @@ MIXED = mixed()
 COMBINATIONS: dict[str, Model] = dict(
     [
         *(combination(scheme) for scheme in SCHEMES),
-        *(combination("sub_ln", norm) for norm in NORM_CHOICES),  # which has norms over every axis there is
+        *(combination("branch_scaled" if norm["name"] in NOT_BOUNDED else "sub_ln", norm) for norm in NORM_CHOICES),
         *(combination(score=score) for score in SCORE_CHOICES),
         *(combination(weight_norm=name) for name in WEIGHT_NORMS),
         *MIXED.items(),
