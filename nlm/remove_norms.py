@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from math import isfinite
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -61,13 +61,16 @@ def remove_norms(
     """
     checkpoint, out = Path(checkpoint), Path(out)
     before = checkpoint_config(checkpoint)
-    events, done = plan(before.model.n_layers, start, gaps, order), saved_step(checkpoint)
+    events = plan(before.model.n_layers, start, gaps, order)
     steps = round(LENGTH * events[-1].step) if steps is None else steps
+    if not (checkpoint / "data.json").exists():
+        raise ConfigError([f"{checkpoint}: expected a checkpoint of a run, such as RUN/checkpoints/step-00000100"])
     if steps < events[-1].step:
         raise ConfigError([f"--steps: expected at least the {events[-1].step} that the plan takes, got {steps}"])
     if checkpoints(out):
         raise ConfigError([f"--out: {out} has checkpoints already; remove them, or give another folder"])
-    config = _config(checkpoint, [f"log.dir={out}", f"train.steps={done + steps}", *overrides])
+    done = saved_step(checkpoint)
+    config = _config(checkpoint, overrides, [f"log.dir={out}", f"train.steps={done + steps}"])
     mesh = Mesh(config.parallel, pick_device())
     data = RankData(config, mesh)
     refuse_changed_data(checkpoint, data.corpus, config)
@@ -91,13 +94,20 @@ def remove_norms(
     return checkpoints(out)[-1]
 
 
-def _config(checkpoint: Path, overrides: Iterable[str]) -> Config:
+def _config(checkpoint: Path, overrides: Iterable[str], fixed: Sequence[str]) -> Config:
     """Of the training, in one process, and of the model that comes out. Errors: ConfigError for what cannot be done."""
+    overrides = list(overrides)
+    problems = [
+        f"{override}: for this there is {flag}; remove the key"
+        for override in overrides
+        for key, flag in (("train.steps", "--steps"), ("log.dir", "--out"))
+        if override.startswith(f"{key}=")
+    ]
     path, done = checkpoint / "config.toml", saved_step(checkpoint)
     # Counted on from the checkpoint's steps, a warmup that is over has the schedule begin at its top.
     usual = ["optim.schedule=cosine", f"optim.warmup_steps={done}", "optim.final_lr_frac=0.5"]
     usual += ["faults.sigma=0", "statistics.enabled=false"]
-    saved, table = read_table(path), read_table(path, [*usual, *overrides])
+    saved, table = read_table(path), read_table(path, [*usual, *overrides, *fixed])
     for limit in ("stop_after", "max_minutes"):
         table["train"].pop(limit, None)
     layout = table["parallel"]
@@ -105,10 +115,9 @@ def _config(checkpoint: Path, overrides: Iterable[str]) -> Config:
     config = parse_config(table)
     refuse_changed_model(checkpoint, config)
     readings(design(config))
-    problems = []
     if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         problems.append(f"remove-norms: expected one process, got WORLD_SIZE = {ranks}; start it without a launcher")
-    for key in table["parallel"].keys() - KEPT:
+    for key in sorted(table["parallel"].keys() - KEPT):
         problems.append(f"parallel.{key}: norms are removed in one process, block by block as written; remove the key")
     norm = config.model.norm
     if norm.name not in FROZEN or norm.fields.get("eps_outside", False) or not norm.fields.get("gain", True):
@@ -153,7 +162,7 @@ def _train(
                 f"step {step}: loss {scalars['loss']}, gradient norm {scalars['grad_norm']}; lower optim.lr, or leave "
                 "more steps between the norms"
             )
-        if evaluates and isfinite(validation_loss := _validation(engine, data)):
+        if evaluates and not isnan(validation_loss := _validation(engine, data)):
             scalars["validation_loss"] = validation_loss
         log.write(step, scalars, None, {})
         clock.restart()

@@ -270,6 +270,7 @@ def test_a_tied_model_has_no_bias_of_the_head(make_config: MakeConfig) -> None:
         ({}, ["--out", "RUN"], "has checkpoints already"),
         ({}, ["parallel.dp_replicate=2"], "parallel.dp_replicate: norms are removed in one process"),
         ({}, ["parallel.compile=true"], "parallel.compile: norms are removed in one process"),
+        ({}, ["train.steps=80"], "train.steps=80: for this there is --steps"),
         ({}, ["model.dim=64"], "model.dim: the run to resume has 32"),
         ({}, ["WORLD_SIZE=2"], "expected one process, got WORLD_SIZE = 2"),
     ],
