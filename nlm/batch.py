@@ -8,17 +8,22 @@ from torch import Tensor
 
 from nlm.anatomy import IGNORED
 
+KEPT = -1
+"""In the place of a stand-in: the token itself is read, and not to be predicted."""
+
 
 @dataclass(frozen=True)
 class Batch:
     """Tokens [B S+1]; with a document mask also [B S+1], the document of its row that each is in, counted up from 0.
 
-    `keys` [B] are the rows' own random numbers, for what is to be random in training.
+    `keys` [B] are the rows' own random numbers, for what is to be random in training. `stand_ins` [B S+1] are of an
+    encoder's batch: what is read in the place of each token that is to be predicted, and KEPT elsewhere.
     """
 
     tokens: Tensor
     documents: Tensor | None = None
     keys: Tensor | None = None
+    stand_ins: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -26,11 +31,15 @@ class Batch:
     @property
     def inputs(self) -> Tensor:
         """[B S]."""
-        return self.tokens[:, :-1]
+        tokens = self.tokens if self.stand_ins is None else self.stand_ins.where(self.stand_ins != KEPT, self.tokens)
+        return tokens[:, :-1]
 
     @property
     def targets(self) -> Tensor:
-        """[B S]: the token after each input; under the mask, IGNORED where that begins another document."""
+        """[B S]: the token after each input; under the mask, IGNORED where that begins another document. Of an encoder,
+        the tokens that something stands in for, and IGNORED elsewhere."""
+        if self.stand_ins is not None:
+            return self.tokens.where(self.stand_ins != KEPT, IGNORED)[:, :-1]
         after = self.tokens[:, 1:]
         return (
             after if self.documents is None else after.where(self.documents[:, 1:] == self.documents[:, :-1], IGNORED)
@@ -44,6 +53,11 @@ class Batch:
     def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """What a model takes to give its loss."""
         return self.inputs, self.targets, self.segments, self.keys
+
+    @property
+    def has_ignored(self) -> bool:
+        """Whether some targets may be IGNORED."""
+        return self.documents is not None or self.stand_ins is not None
 
     def n_targets(self) -> Tensor:
         """[]: how many targets there are to learn from, in float64, which holds their inverse well."""
@@ -59,10 +73,10 @@ class Batch:
 
     def chunk(self, parts: int) -> list[Self]:
         """The rows in `parts` equal parts."""
-        tensors = (self.tokens, self.documents, self.keys)
+        tensors = (self.tokens, self.documents, self.keys, self.stand_ins)
         chunks = [[None] * parts if tensor is None else tensor.chunk(parts) for tensor in tensors]
         return [type(self)(*part) for part in zip(*chunks, strict=True)]  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> Self:
-        tensors = (self.tokens, self.documents, self.keys)
+        tensors = (self.tokens, self.documents, self.keys, self.stand_ins)
         return type(self)(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import ConfigDict, ValidationError, create_model
+from torch import Tensor
 
 from nlm.anatomy import Kind, Role, Site, Weight
 from nlm.calibrate import calibrated
@@ -26,15 +27,16 @@ from nlm.config import (
 from nlm.init import init
 from nlm.layout import layout_problems
 from nlm.mesh import Mesh
-from nlm.model import Part, Transformer, held
+from nlm.model import Part, Transformer
 from nlm.norms import NORMS
+from nlm.norms.batch import BatchStatistics
 from nlm.optim import OPTIMIZERS
 from nlm.parallel.compile import compile_model
 from nlm.parallel.engine import Engine, WholeEngine
 from nlm.parallel.pipeline import PipelineEngine, split, stages_of
 from nlm.parallel.recompute import recompute_blocks
 from nlm.parallel.shard import shard
-from nlm.parallel.tensor import TensorParallel
+from nlm.parallel.tensor import Ranks, TensorParallel
 from nlm.schemes import SCHEMES
 from nlm.schemes.base import Learned, Scheme, Slot, Slots, scaled
 from nlm.schemes.inits import INITS, LSUV
@@ -66,7 +68,7 @@ def parse_config(table: Table) -> Config:
     problems += _bad_choices(model) if isinstance(model, dict) else []
     problems += _bad_optimizer(table.get("optim"))
     if config is not None and not problems:
-        problems += _overruled(config.model)
+        problems += [*_overruled(config.model), *_leaks(config)]
     if problems or config is None:
         raise ConfigError(problems)
     return config
@@ -78,7 +80,9 @@ def build_model(config: Config, seed: int | None = None, device: str | torch.dev
     return init(design(config).to_empty(device=device), seed, calibration(config, seed))
 
 
-def design(config: Config, tp: TensorParallel | None = None, part: Part | None = None) -> Transformer:
+def design(
+    config: Config, tp: TensorParallel | None = None, part: Part | None = None, data: tuple[Ranks, ...] = ()
+) -> Transformer:
     """The model or a part of its stack, of it what a tensor parallel rank holds, without memory of its own yet."""
     model = config.model
     scheme = _scheme(model)
@@ -87,7 +91,7 @@ def design(config: Config, tp: TensorParallel | None = None, part: Part | None =
     slots = token_scale if NORMS[model.norm.name].token_scale else None
     with torch.device("meta"):
         return Transformer(
-            model, config.train.seq_len, scheme, norm, score, _weight_norms(model.weight_norm), slots, tp, part
+            model, config.train.seq_len, scheme, norm, score, _weight_norms(model.weight_norm), slots, tp, part, data
         )
 
 
@@ -96,7 +100,7 @@ def _scheme(model: ModelConfig) -> Scheme:
     return scheme if model.init is None else INITS[model.init.name](scheme, **model.init.fields)
 
 
-def calibration(config: Config, seed: int) -> dict[str, float]:
+def calibration(config: Config, seed: int) -> dict[str, float | Tensor]:
     """What depends on what comes out of the layers before, where the init or the norm has such."""
     scheme = _scheme(config.model)
     target = scheme.target if isinstance(scheme, LSUV) else None
@@ -120,23 +124,22 @@ def _weight_norms(choice: WeightNormChoice | None) -> dict[Role, MakeWeightNorm]
 def build_engine(config: Config, mesh: Mesh) -> Engine:
     """What trains the model in the layout of the config, with this rank's parts of it, initialized."""
     parallel = config.parallel
-    whole = design(config, mesh.tp)
-    weights = {h.name: h.weight for h in held(whole)}
+    whole = design(config, mesh.tp, data=mesh.data)
     values = calibration(config, config.train.seed)
     if parallel.pp > 1:
         parts = split(config.model, config.train.seq_len, parallel.n_stages)
         stages = stages_of(mesh.rank("pp"), parallel)
         models = [prepare(design(config, mesh.tp, parts[stage]), config, mesh, values) for stage in stages]
-        return PipelineEngine(config, mesh, models, weights, stages)
+        return PipelineEngine(config, mesh, models, whole, stages)
     model = prepare(whole, config, mesh, values)
     if parallel.engine == "deepspeed":
         from nlm.parallel.deepspeed import DeepSpeedEngine  # an optional extra, imported only when chosen
 
-        return DeepSpeedEngine(config, mesh, model, weights)
-    return WholeEngine(config, mesh, model, weights)
+        return DeepSpeedEngine(config, mesh, model)
+    return WholeEngine(config, mesh, model)
 
 
-def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str, float]) -> Transformer:
+def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str, float | Tensor]) -> Transformer:
     """Sharded, materialized, initialized, recomputed and compiled as the config has it."""
     if config.train.precision == "fp64":
         model.double()
@@ -176,6 +179,27 @@ def _overruled(model: ModelConfig) -> Iterable[str]:
             yield f"model.weight_norm.roles: the scheme has its own norm of {role!r}; leave it out"
         elif scheme.std(weight) == 0:
             yield f"model.weight_norm.roles: in this scheme {role!r} starts at 0, which has no direction; leave it out"
+
+
+def _leaks(config: Config) -> Iterable[str]:
+    """Norms by the statistics of batches where there is no such batch, or where it holds what is to be predicted."""
+    model, name = config.model, config.model.norm.name
+    norm, published = NORMS[name], config.model.norm.fields.get("published")
+    if not issubclass(norm, BatchStatistics):
+        return
+    if norm.has_causal_form and not (model.is_encoder if published is None else published):
+        return
+    if not model.is_encoder:
+        causal = " model.norm.published = false" if norm.has_causal_form else " another norm"
+        yield (
+            f"model.norm: as published, {name!r} takes statistics of a whole batch; a decoder would learn from them of "
+            f"the tokens that it is to predict; set{causal}, or model.architecture = 'encoder'"
+        )
+    if config.parallel.microbatches > 1:
+        yield (
+            f"parallel.microbatches: as published, {name!r} takes statistics of a whole batch, of which a microbatch "
+            f"is not one; set parallel.microbatches = 1, for which lower train.batch_tokens or add data parallel ranks"
+        )
 
 
 def _bad_optimizer(optim: Any) -> Iterable[str]:

@@ -15,14 +15,15 @@ from nlm.model import Linear, Part, Transformer, held
 @torch.no_grad()
 def calibrated(
     make: Callable[[Part], Transformer], tokens: Tensor, seed: int, target: Callable[[Weight], float] | None
-) -> dict[str, float]:
-    """By name, the values of what norms calibrate and, with a `target`, what the matrices of the blocks are to be
-    multiplied by so that what they give for tokens [B S] has that std. Each sees what those before it have become.
+) -> dict[str, float | Tensor]:
+    """By name, the values of what norms calibrate, numbers or vectors [D], and, with a `target`, what the matrices of
+    the blocks are to be multiplied by so that what they give for tokens [B S] has that std. Each sees what those before
+    it have become.
 
     `make` designs a part of the whole model, without tensor parallelism: every rank computes all, and the same, in
     float64, so that the result depends on no layout.
     """
-    found: dict[str, float] = {}
+    found: dict[str, float | Tensor] = {}
 
     def part(layers: range, first: bool = False, last: bool = False) -> Transformer:
         model = init(make(Part(layers, first, last)).double().to_empty(device="cpu"), seed)
@@ -37,7 +38,7 @@ def calibrated(
     def settle(prefix: str) -> Callable[[Any, tuple[Tensor]], None]:
         def before(module: Any, inputs: tuple[Tensor]) -> None:
             for name, value in module.calibrated(inputs[0]).items():
-                module.get_parameter(name).fill_(value)
+                getattr(module, name).copy_(torch.as_tensor(value))
                 found[f"{prefix}.{name}"] = value
 
         return before
@@ -45,8 +46,8 @@ def calibrated(
     def scale(name: str, std: float) -> Callable[[nn.Module, tuple[Tensor]], None]:
         def before(linear: nn.Module, inputs: tuple[Tensor]) -> None:
             assert isinstance(linear, Linear)
-            found[name] = std / float(F.linear(inputs[0], linear.weight).std(correction=0))
-            linear.weight.mul_(found[name])
+            found[name] = factor = std / float(F.linear(inputs[0], linear.weight).std(correction=0))
+            linear.weight.mul_(factor)
 
         return before
 

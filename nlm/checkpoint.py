@@ -189,7 +189,7 @@ def load_checkpoint(path: str | Path) -> tuple[Transformer, Config]:
     config = checkpoint_config(path)
     model = build_model(config)
     _read(path, _tensors(model))
-    return model, config
+    return model.eval(), config
 
 
 def save_checkpoint(path: str | Path, model: Transformer, config: Config) -> None:

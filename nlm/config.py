@@ -88,6 +88,9 @@ class ModelConfig(Section):
     the norm's own fields; `init`, for schemes that have none of their own, and `weight_norm` likewise, this with the
     roles of the matrices that have it.
 
+    An "encoder" sees the whole text, and learns tokens that are masked (see data/masked.py). Its mask is the last token
+    of the vocabulary, one more than the data may have.
+
     `stochastic_depth` is the share of the samples for which the last layer drops each sublayer in training; that of the
     others grows to it evenly from 0 at the first. `logits_cap` bounds the logits by cap · tanh(logits / cap).
     """
@@ -107,7 +110,7 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = 1e-5
     position: Literal["rope", "rope_interleaved", "learned", "sinusoidal", "none"] = "rope"
     rope_base: PositiveFloat = 10_000.0
-    architecture: Literal["decoder"] = "decoder"
+    architecture: Literal["decoder", "encoder"] = "decoder"
     scheme: NamedChoice
     init: Annotated[NamedChoice, BeforeValidator(_named)] | None = None
     attention: AttentionChoice = AttentionChoice()
@@ -132,6 +135,15 @@ class ModelConfig(Section):
         return derived | table
 
     @property
+    def is_encoder(self) -> bool:
+        return self.architecture == "encoder"
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens the data may have."""
+        return self.vocab_size - self.is_encoder
+
+    @property
     def gated(self) -> bool:
         return self.activation in GATED
 
@@ -143,7 +155,7 @@ class TrainConfig(Section):
     checkpoint from which it goes on, after the step `stop_after`, and when it has taken `max_minutes`.
 
     `sparse_softmax_k`: the training loss is that of a softmax over the k largest logits only. It is lower than the true
-    one, by which validation goes.
+    one, by which validation goes. `masked_share`: of the tokens, those that an encoder is to predict.
     """
 
     steps: PositiveInt
@@ -154,6 +166,7 @@ class TrainConfig(Section):
     seed: NonNegativeInt = 0
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     sparse_softmax_k: PositiveInt | None = None
+    masked_share: float = Field(default=0.15, gt=0, le=1)
 
 
 class OptimConfig(Choice):

@@ -14,7 +14,7 @@ from nlm.weight_norms import WeightNorm
 
 
 @torch.no_grad()
-def init(model: Transformer, seed: int, calibrated: Mapping[str, float] = MappingProxyType({})) -> Transformer:
+def init(model: Transformer, seed: int, calibrated: Mapping[str, float | Tensor] = MappingProxyType({})) -> Transformer:
     """Fills what this rank holds of every parameter and buffer, in the scheme's way, projected where it projects.
 
     Tensors that start at a constant or a table come from their module's `initial`, those of a weight norm perhaps from
@@ -31,12 +31,14 @@ def init(model: Transformer, seed: int, calibrated: Mapping[str, float] = Mappin
         initial = getattr(module, "initial", {})
         matrix = f"{prefix.rpartition('.')[0]}.weight"  # that a weight norm belongs to
         for name, buffer in module.named_buffers(recurse=False):
-            value = initial[name]
-            if isinstance(module, WeightNorm):
+            value = calibrated.get(f"{prefix}.{name}", initial[name])
+            if callable(value):
+                value = value(drawn(matrix)) if isinstance(module, WeightNorm) else value()
+            value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+            if value.dim() and name in getattr(module, "spans", {}):
                 (span,) = module.spans[name]
-                buffer.copy_(value(drawn(matrix))[span.start : span.stop])
-            else:
-                buffer.copy_(value() if callable(value) else torch.tensor(value, dtype=torch.float64))
+                value = value[span.start : span.stop]
+            buffer.copy_(value)
         for name, _ in module.named_parameters(recurse=False):
             h = parameters[f"{prefix}.{name}" if prefix else name]
             value = initial.get(name)

@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nlm.config import ParallelConfig
-from nlm.parallel.tensor import TensorParallel
+from nlm.parallel.tensor import Ranks, TensorParallel
 
 T = TypeVar("T")
 MeshAxis = Literal["pp", "dp_replicate", "dp_shard", "tp"]
 AXES: tuple[MeshAxis, ...] = ("pp", "dp_replicate", "dp_shard", "tp")
 """From the outermost, whose neighbours are farthest apart, to the innermost."""
+DATA_AXES: tuple[MeshAxis, ...] = ("dp_replicate", "dp_shard")
+"""Along which ranks have other rows of the same batch."""
 
 
 class Mesh:
@@ -26,6 +28,7 @@ class Mesh:
         if any(size > 1 for size in self.sizes.values()):
             self.device_mesh = init_device_mesh(self.device.type, tuple(self.sizes.values()), mesh_dim_names=AXES)
         self.tp = TensorParallel(self.group("tp"), parallel is not None and parallel.sequence_parallel)
+        self.data = tuple(Ranks(group) for axis in DATA_AXES if (group := self.group(axis)))
         self.ends = self._ends()
 
     def rank(self, axis: MeshAxis) -> int:

@@ -14,7 +14,7 @@ from nlm.activations import ACTIVATIONS, soft_cap
 from nlm.anatomy import MATRICES, SLOTS, WRITES, Axis, Kind, Role, Site, Span, Weight
 from nlm.config import ModelConfig
 from nlm.norms import NormSite
-from nlm.parallel.tensor import TensorParallel
+from nlm.parallel.tensor import Ranks, TensorParallel
 from nlm.positions import Rotary, rotate, sinusoidal
 from nlm.runtime import autocast
 from nlm.schemes.base import Norm, Scheme, Slot, Slots
@@ -41,7 +41,8 @@ class Design:
     tp: TensorParallel
 
     def site(self, layer: int, kind: Kind | Literal["stack"], place: int = 0) -> Site:
-        return Site(layer, self.config.n_layers, kind, self.config.dim, place, self.config.activation)
+        c = self.config
+        return Site(layer, c.n_layers, kind, c.dim, place, c.activation, c.architecture)
 
     def residual(self, site: Site, first: ResidualModule | None = None) -> ResidualModule:
         drop = self.config.stochastic_depth
@@ -146,7 +147,7 @@ class Sinusoidal(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, [B S D] -> [B S D]; the heads are divided among the tensor parallel ranks."""
+    """Self-attention, [B S D] -> [B S D]; the heads are divided among the tensor parallel ranks."""
 
     inside = True
 
@@ -265,7 +266,8 @@ class Part:
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model, tokens [B S] -> logits [B S V], or a part of its stack.
+    """A language model, tokens [B S] -> logits [B S V], or a part of its stack: a decoder, of which each position sees
+    those before it, or an encoder, of which it sees all.
 
     Its parameters are unfilled until `init`; tensor parallel ranks hold parts of them. `seq_len` is the context length
     of training: learned and tabulated positions end there.
@@ -282,6 +284,7 @@ class Transformer(nn.Module):
         slots: Callable[[Site], Slots] | None = None,
         tp: TensorParallel | None = None,
         part: Part | None = None,
+        data: tuple[Ranks, ...] = (),
     ) -> None:
         super().__init__()
         self.config, self.scheme, self.n_layers = config, scheme, config.n_layers
@@ -299,7 +302,7 @@ class Transformer(nn.Module):
         heads = Heads(spans["head"], spans["kv_head"], config.head_dim, seq_len, config.norm_eps, tp)
 
         def norm_at(width: Span, site: Site) -> nn.Module:
-            return norm(NormSite(width, tp, config.norm_eps, config.bias, site))
+            return norm(NormSite(width, tp, config.norm_eps, config.bias, site, data))
 
         self.design = design = Design(
             config, scheme, norm_at, partial(score, heads), weight_norms or {}, slots, spans, tp
@@ -369,7 +372,9 @@ class Transformer(nn.Module):
         elif self.tp.sequence:
             seq_len *= self.tp.size
         rotary = None if self.rotary is None else self.rotary(seq_len)
-        mask = None if segments is None else document_mask(segments)
+        if segments is None and self.config.is_encoder:
+            segments = torch.zeros(1, seq_len, dtype=torch.int64, device=x.device)
+        mask = None if segments is None else document_mask(segments, causal=not self.config.is_encoder)
         record = self.signals is not None
         norms = [l2_norm(x)[None]] if record else []
         for block in self.blocks.values():

@@ -18,5 +18,5 @@ def mixed(x: Tensor) -> Tensor:
 
 
 def uniform(keys: Tensor, number: Tensor) -> Tensor:
-    """Keys [B] -> [B] float64 in [0, 1), others for every `number` []."""
+    """Keys and numbers, broadcast -> float64 in [0, 1), others for every number."""
     return mixed(keys + mixed(number)).double() / (WORD + 1)

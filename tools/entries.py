@@ -1,7 +1,7 @@
 """Every scheme, norm, score and weight norm as keys of [model]: each in plain company, and mixed.
 
-`MIXED` has every entry of every registry at least once, in as many models as there are schemes: what is slow to try is
-tried with these.
+`MIXED` has every entry of every registry at least once, in as many models as there are schemes, and `ENCODERS` what
+only encoders have: what is slow to try is tried with these.
 """
 
 from typing import Any
@@ -24,18 +24,27 @@ SCORE_FIELDS: dict[str, list[Model]] = {
 NOT_BOUNDED = {"frozen_layernorm", "frozen_rmsnorm", "none"}
 """What these give is as large as what they read: they need a scheme with small branches. The others go with one that
 has norms over every axis there is."""
-NORM_CHOICES = [{"name": name} | fields for name in NORMS for fields in NORM_FIELDS.get(name, [{}])]
+BATCH_NORMS = ("powernorm", "unified", "batchnorm")
+"""Those that have, or are, a form for encoders alone."""
+NORM_CHOICES = [
+    {"name": name} | fields for name in NORMS if name != "batchnorm" for fields in NORM_FIELDS.get(name, [{}])
+]
 SCORE_CHOICES = [{"score": name} | fields for name in SCORES for fields in SCORE_FIELDS.get(name, [{}])]
 
 
 def combination(
-    scheme: str = "pre_ln", norm: Model | None = None, score: Model | None = None, weight_norm: str | None = None
+    scheme: str = "pre_ln",
+    norm: Model | None = None,
+    score: Model | None = None,
+    weight_norm: str | None = None,
+    encoder: bool = False,
 ) -> tuple[str, Model]:
     """A name, and the keys of [model]."""
     norm, score = norm or {"name": "layernorm"}, score or {"score": "softmax"}
-    words = [scheme, *words_of(norm), *words_of(score), *([weight_norm] if weight_norm else [])]
+    words = ["encoder"] * encoder + [scheme, *words_of(norm), *words_of(score), *([weight_norm] if weight_norm else [])]
     model: Model = {"scheme": {"name": scheme}, "norm": norm, "attention": score}
-    return "-".join(words), model | ({"weight_norm": weight_norm} if weight_norm else {})
+    model |= {"weight_norm": weight_norm} if weight_norm else {}
+    return "-".join(words), model | ({"architecture": "encoder"} if encoder else {})
 
 
 def words_of(choice: Model) -> list[str]:
@@ -58,6 +67,7 @@ def mixed() -> dict[str, Model]:
 
 
 MIXED = mixed()
+ENCODERS = dict(combination("sub_ln", {"name": name}, encoder=True) for name in BATCH_NORMS)
 COMBINATIONS: dict[str, Model] = dict(
     [
         *(combination(scheme) for scheme in SCHEMES),
@@ -65,5 +75,6 @@ COMBINATIONS: dict[str, Model] = dict(
         *(combination(score=score) for score in SCORE_CHOICES),
         *(combination(weight_norm=name) for name in WEIGHT_NORMS),
         *MIXED.items(),
+        *ENCODERS.items(),
     ]
 )

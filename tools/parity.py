@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from entries import COMBINATIONS, MIXED
+from entries import COMBINATIONS, ENCODERS, MIXED
 from launched import free_port
 
 from nlm import SCHEMES
@@ -143,7 +143,13 @@ DIVIDING = (
 )
 INSIDE = ("tp2", "tp2+sp", "fsdp2xtp2xpp2")
 INSIDE_ROWS = {
-    name: Row(name, MODEL | model, INSIDE) for name, model in COMBINATIONS.items() if name not in (*SCHEMES, *MIXED)
+    name: Row(name, MODEL | model, INSIDE)
+    for name, model in COMBINATIONS.items()
+    if name not in (*SCHEMES, *MIXED, *ENCODERS)
+}
+ENCODER_ROWS = {
+    name: Row(name, MODEL | model, ("hsdp2x2", "fsdp2xtp2", "tp2+sp", "zero1xtp2"), everywhere={"microbatches": 1})
+    for name, model in ENCODERS.items()
 }
 MIXED_ROWS = {
     name: Row(

@@ -76,7 +76,7 @@ class Corpus:
 
 
 def _open(source: SourceConfig, config: Config) -> Source:
-    train, vocab_size = config.train, config.model.vocab_size
+    train, vocab_size = config.train, config.model.n_tokens
     if source.path is not None:
         return ShardSource(source.path, train.seq_len, vocab_size, train.seed, config.data.document_mask)
     from nlm.data.stream import StreamSource  # an optional extra, imported only when chosen

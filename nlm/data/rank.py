@@ -10,6 +10,7 @@ from torch import Tensor
 from nlm.batch import Batch
 from nlm.config import Config
 from nlm.data.corpus import Corpus
+from nlm.data.masked import stand_ins
 from nlm.data.source import Rows, ShardSource
 from nlm.mesh import Mesh
 from nlm.random import mixed
@@ -26,21 +27,24 @@ class RankData:
         self._validation: ShardSource | None = None
         if config.data.validation is not None:
             self._validation = ShardSource(
-                config.data.validation, config.train.seq_len, config.model.vocab_size, 0, config.data.document_mask
+                config.data.validation, config.train.seq_len, config.model.n_tokens, 0, config.data.document_mask
             )
 
     def rows(self, batch: int) -> Batch:
         """This rank's rows of batch 1, 2, …"""
-        mesh, keys = self.mesh, self._keys(batch)
+        mesh = self.mesh
+        n_rows = self.config.batch_rows // mesh.data_size
+        first = (batch * mesh.data_size + mesh.data_rank) * n_rows
         if self.corpus.seeks or mesh.device_mesh is None:
-            return self._batch(tensors(self.corpus.batch(batch, mesh.data_rank, mesh.data_size)), keys).to(mesh.device)
+            mine = tensors(self.corpus.batch(batch, mesh.data_rank, mesh.data_size))
+            return batch_of(self.config, mine, first).to(mesh.device)
         shape = (self.config.batch_rows, self.config.train.seq_len + 1)
         both = torch.empty(2, *shape, dtype=torch.int64)
         if mesh.speaks:
             both = torch.stack(tensors(self.corpus.batch(batch)))
         both = both.to(mesh.device)
         dist.broadcast(both, 0)
-        return self._batch(both.chunk(mesh.data_size, dim=1)[mesh.data_rank], keys).to(mesh.device)
+        return batch_of(self.config, both.chunk(mesh.data_size, dim=1)[mesh.data_rank], first).to(mesh.device)
 
     def digest(self, rows: Batch) -> int:
         """Of this rank's rows and all others' -> 32 bits by which to see whether two batches are the same."""
@@ -57,21 +61,25 @@ class RankData:
             return None
         n_rows = min(source.n_rows, self.config.evaluate.batches * size)
         return (
-            self._batch(tensors(source.in_order(np.arange(start, min(start + size, n_rows)))))
+            batch_of(self.config, tensors(source.in_order(np.arange(start, min(start + size, n_rows)))), start, False)
             for start in range(0, n_rows, size)
         )
 
-    def _keys(self, batch: int) -> Tensor | None:
-        """[B], from the seed and the rows' numbers in the whole run, where something is random."""
-        if not self.config.model.stochastic_depth:
-            return None
-        n_rows = self.config.batch_rows // self.mesh.data_size
-        first = (batch * self.mesh.data_size + self.mesh.data_rank) * n_rows
-        return mixed(torch.arange(first, first + n_rows) + mixed(torch.tensor(self.config.train.seed)))
 
-    def _batch(self, both: Iterable[Tensor], keys: Tensor | None = None) -> Batch:
-        tokens, starts = both
-        return Batch(tokens, starts.cumsum(1) if self.config.data.document_mask else None, keys)
+def batch_of(config: Config, both: Iterable[Tensor], first: int, training: bool = True) -> Batch:
+    """Tokens and starts [B S+1], the first of them row `first` of the whole run -> what a model is to read of them.
+
+    Where something is random, it is so by the seed and the rows' numbers.
+    """
+    model, (tokens, starts) = config.model, both
+    numbers = torch.arange(first, first + len(tokens), device=tokens.device)
+    keys = mixed(numbers + mixed(torch.tensor(config.train.seed, device=tokens.device)))
+    return Batch(
+        tokens,
+        starts.cumsum(1) if config.data.document_mask else None,
+        keys if model.stochastic_depth and training else None,
+        stand_ins(tokens, keys, model.vocab_size, config.train.masked_share) if model.is_encoder else None,
+    )
 
 
 def tensors(rows: Rows) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,7 @@ class ShardSource:
         if largest >= self._vocab_size:
             raise ValueError(
                 f"model.vocab_size: expected more than {largest}, a token in {prefix}, got {self._vocab_size}; "
-                "set it to the tokenizer's size"
+                "set it to the tokenizer's size, for an encoder to one more"
             )
 
 

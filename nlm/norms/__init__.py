@@ -1,5 +1,6 @@
 """Norm layers, usable wherever a scheme says `Norm()`, and NORMS, the choice by name."""
 
+from nlm.norms.batch import BatchNorm, PowerNorm, UnifiedNorm
 from nlm.norms.elementwise import ELN, DyISRU, DyT
 from nlm.norms.frozen import FrozenLayerNorm, FrozenRMSNorm, NoNorm
 from nlm.norms.token import LayerNorm, NormLayer, NormSite, PartialRMSNorm, RMSNorm, ScaleNorm, precise, unit
@@ -14,6 +15,9 @@ NORMS: dict[str, type[NormLayer]] = {
     "eln": ELN,
     "frozen_layernorm": FrozenLayerNorm,
     "frozen_rmsnorm": FrozenRMSNorm,
+    "powernorm": PowerNorm,
+    "unified": UnifiedNorm,
+    "batchnorm": BatchNorm,
     "none": NoNorm,
 }
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nlm.anatomy import Role, Site, Span
-from nlm.parallel.tensor import TensorParallel
+from nlm.parallel.tensor import Ranks, TensorParallel
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class NormSite:
     eps: float
     bias: bool = False
     site: Site | None = None
+    data: tuple[Ranks, ...] = ()
+    """Groups of ranks with other rows of the same batch."""
 
 
 class NormLayer(nn.Module):

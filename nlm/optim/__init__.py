@@ -12,12 +12,14 @@ from nlm.optim.lion import Lion
 from nlm.optim.muon import Muon
 from nlm.optim.project import projection
 from nlm.optim.ranger21 import Ranger21
+from nlm.optim.running import RunningStatistics
 from nlm.optim.schedule import learning_rate
 from nlm.optim.weight_norm import WeightNormUpdate
 from nlm.parallel.pieces import Pieces
 
 __all__ = [
     "OPTIMIZERS",
+    "RunningStatistics",
     "WeightNormUpdate",
     "adamw",
     "clip_gradients",

@@ -6,13 +6,12 @@ from torch import Tensor
 from nlm.parallel.pieces import Pieces
 
 
-def clip_gradients(pieces: Pieces, max_norm: float) -> tuple[Tensor, Tensor]:
-    """Scales all gradients in place so that their global norm is at most `max_norm` (0: leaves them).
+def clip_gradients(pieces: Pieces, gradients: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """Scales the pieces' reduced gradients in place so that their global norm is at most `max_norm` (0: leaves them).
 
     -> (global norm [], norms of the gradients of all parameters [P]), both before clipping; the same on every rank,
     and no host synchronization.
     """
-    gradients = pieces.reduce_gradients()
     norms = pieces.norms(gradients)
     total = norms.norm()
     if max_norm > 0:

@@ -5,7 +5,7 @@ of which is a piece. Attributes that DeepSpeed does not document are those of ve
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from nlm.anatomy import Span, Weight
+from nlm.anatomy import Span
 from nlm.batch import Batch
 from nlm.config import Config
 from nlm.mesh import Mesh, MeshAxis
@@ -40,7 +40,7 @@ class Place:
 class DeepSpeedEngine(Engine):
     """The whole stack on every rank; its optimizer state, gradients and parameters divided as ZeRO does."""
 
-    def __init__(self, config: Config, mesh: Mesh, model: Transformer, weights: Mapping[str, Weight]) -> None:
+    def __init__(self, config: Config, mesh: Mesh, model: Transformer) -> None:
         self.stage = config.parallel.zero or 0
         self.whole = list(held(model))  # ZeRO-3 empties the parameters
         for h in self.whole:
@@ -54,9 +54,9 @@ class DeepSpeedEngine(Engine):
         for h, place in self._rectangles():
             pieces.append(h)
             self.places.append(place)
-        zero_pieces = ZeroPieces([model], mesh, weights, pieces)
+        zero_pieces = ZeroPieces([model], mesh, {h.name: h.weight for h in self.whole}, pieces)
         zero_pieces.engine = self
-        super().__init__(config, mesh, [model], zero_pieces)
+        super().__init__(config, mesh, [model], zero_pieces, model)
 
     def _initialize(self, config: Config, mesh: Mesh, model: Transformer) -> Any:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

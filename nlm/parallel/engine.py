@@ -1,7 +1,7 @@
 """What drives the model through a step: forward and backward over the microbatches, and the update."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -9,17 +9,16 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nlm.anatomy import Weight
 from nlm.batch import Batch
 from nlm.config import Config
 from nlm.mesh import Mesh
-from nlm.model import Transformer
-from nlm.optim import WeightNormUpdate, clip_gradients, make_optimizer, projection
+from nlm.model import Transformer, held
+from nlm.optim import RunningStatistics, WeightNormUpdate, clip_gradients, make_optimizer, projection
 from nlm.parallel.pieces import Pieces
 
 
 class Engine(ABC):
-    """Drives this rank's parts of the stack, `models`, in step with the other ranks.
+    """Drives this rank's parts of the stack, `models`, in step with the other ranks; `whole` describes all of it.
 
     A data parallel engine averages gradients over its ranks; each rank's loss is therefore scaled up by their
     number, so that what comes out is the gradient of the mean over all targets of the batch.
@@ -27,11 +26,14 @@ class Engine(ABC):
 
     scale: float | Tensor
 
-    def __init__(self, config: Config, mesh: Mesh, models: Sequence[Transformer], pieces: Pieces) -> None:
+    def __init__(
+        self, config: Config, mesh: Mesh, models: Sequence[Transformer], pieces: Pieces, whole: Transformer
+    ) -> None:
         self.config, self.mesh, self.models, self.pieces = config, mesh, models, pieces
         self.optimizer = make_optimizer(pieces, config.optim)
         self._project = projection(pieces)
         self._weight_norms = WeightNormUpdate(pieces, models)
+        self._running = RunningStatistics(pieces, models, whole, config.train.batch_tokens)
         self.microbatches = config.parallel.microbatches
         for model in models:
             model.precision = config.train.precision
@@ -39,6 +41,7 @@ class Engine(ABC):
     def forward_backward(self, rows: Batch) -> Tensor:
         """This rank's rows of a batch -> [], its share of the mean loss; the gradients are in place after."""
         self.scale = self.mesh.data_size / self.count(rows)
+        self._running.begin()
         return self.share(self.train(rows))
 
     @abstractmethod
@@ -55,15 +58,17 @@ class Engine(ABC):
         self.optimizer.step(lr, left_out)
         self._project(left_out)
         self._weight_norms(lr, left_out)
+        self._running.update(self.optimizer.updates, left_out)
 
     @property
     def shared(self) -> dict[str, Tensor]:
         """By name, the state that every rank has as a whole."""
-        return self.optimizer.shared | self._weight_norms.shared
+        return self.optimizer.shared | self._weight_norms.shared | self._running.shared
 
     def goes_on(self) -> None:
         """After parameters and state have been read."""
         self._weight_norms.place()
+        self._running.place(self.optimizer.updates)
 
     def start_after(self, updates: int) -> None:
         """Goes on from pieces that were changed in place, after so many updates; the state is read later."""
@@ -76,7 +81,7 @@ class Engine(ABC):
 
     def count(self, rows: Batch) -> int | Tensor:
         """How many targets the ranks' rows of a batch have together; it takes no wait for the device."""
-        if rows.documents is None:
+        if not rows.has_ignored:
             return self.config.train.batch_tokens
         first = self.mesh.tp.rank == 0 and self.mesh.rank("pp") == 0
         mine = rows.n_targets() if first else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -89,10 +94,10 @@ class Engine(ABC):
         mine = rows.chunk(size)[self.mesh.data_rank] if divides else rows
         parts = mine.to(self.mesh.device).chunk(self.microbatches)
         for model in self.models:
-            model.cross_entropy.training = False
+            model.eval()
         share = torch.stack([self.forward(part).double() for part in parts]).sum()
         for model in self.models:
-            model.cross_entropy.training = True
+            model.train()
         return self.total(share if divides else share / size)
 
     def total(self, share: Tensor) -> Tensor:
@@ -119,16 +124,17 @@ class Engine(ABC):
 
     def clip(self) -> tuple[Tensor, Tensor]:
         """-> the gradient's global norm [] and the norms of all parameters' gradients [P], before clipping."""
-        return clip_gradients(self.pieces, self.config.optim.clip)
+        gradients = self.pieces.reduce_gradients()
+        self._running.look(gradients)
+        return clip_gradients(self.pieces, gradients, self.config.optim.clip)
 
 
 class TorchEngine(Engine):
     """An engine whose pieces are the parameters themselves, or their shards."""
 
-    def __init__(
-        self, config: Config, mesh: Mesh, models: Sequence[Transformer], weights: Mapping[str, Weight]
-    ) -> None:
-        super().__init__(config, mesh, models, Pieces(models, mesh, weights))
+    def __init__(self, config: Config, mesh: Mesh, models: Sequence[Transformer], whole: Transformer) -> None:
+        weights = {h.name: h.weight for h in held(whole)}
+        super().__init__(config, mesh, models, Pieces(models, mesh, weights), whole)
 
     def update(self, lr: float, left_out: Tensor | None = None) -> None:
         super().update(lr, left_out)
@@ -139,12 +145,16 @@ class TorchEngine(Engine):
 class WholeEngine(TorchEngine):
     """The whole stack on every rank: alone, or under DDP, FSDP2 or HSDP, with tensor parallelism or without."""
 
-    def __init__(self, config: Config, mesh: Mesh, model: Transformer, weights: Mapping[str, Weight]) -> None:
-        super().__init__(config, mesh, [model], weights)
+    def __init__(self, config: Config, mesh: Mesh, model: Transformer) -> None:
+        super().__init__(config, mesh, [model], model)
         self.model: torch.nn.Module = model
         if (group := mesh.group("dp_replicate")) and not isinstance(model, FSDPModule):
             self.model = DistributedDataParallel(
-                model, process_group=group, gradient_as_bucket_view=True, init_sync=False
+                model,
+                process_group=group,
+                gradient_as_bucket_view=True,
+                init_sync=False,
+                broadcast_buffers=False,
             )
 
     def train(self, rows: Batch) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Pipeline parallelism: which rank holds which layers, and the schedules of torch.distributed.pipelining."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
 
-from nlm.anatomy import Weight
 from nlm.batch import Batch
 from nlm.config import Config, ModelConfig, ParallelConfig
 from nlm.layout import V_SCHEDULES
@@ -64,10 +63,10 @@ class PipelineEngine(TorchEngine):
         config: Config,
         mesh: Mesh,
         models: Sequence[Transformer],
-        weights: Mapping[str, Weight],
+        whole: Transformer,
         stages: Sequence[int],
     ) -> None:
-        super().__init__(config, mesh, models, weights)
+        super().__init__(config, mesh, models, whole)
         parallel = config.parallel
         self.n_stages = parallel.n_stages
         self.stages = dict(zip(stages, models, strict=True))

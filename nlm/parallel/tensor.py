@@ -20,14 +20,32 @@ Group = str
 """A process group's name: unlike the group itself, a constant that a compiled graph can hold."""
 
 
-class TensorParallel:
+class Ranks:
+    """The ranks of a group, and which of them this one is; without a group, it is alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.size = 1 if group is None else group.size()
+        self.rank = 0 if group is None else group.rank()
+        self.group = "" if group is None else group.group_name
+
+    def sum(self, x: Tensor) -> Tensor:
+        """[…] -> […]: the sum over the ranks, which each of them goes on to use in its own way."""
+        return x if self.size == 1 else _Sum.apply(x, self.group)
+
+    def stack(self, x: Tensor) -> Tensor:
+        """[…] -> [n …]: what all ranks have, which each of them goes on to use in its own way."""
+        if self.size == 1:
+            return x[None]
+        rows = (0, 0) * x.dim() + (self.rank, self.size - 1 - self.rank)
+        return self.sum(F.pad(x[None], rows))
+
+
+class TensorParallel(Ranks):
     """One rank's share in the tensor parallel group; without a group, all of everything."""
 
     def __init__(self, group: dist.ProcessGroup | None = None, sequence: bool = False) -> None:
-        self.size = 1 if group is None else group.size()
-        self.rank = 0 if group is None else group.rank()
+        super().__init__(group)
         self.sequence = sequence and self.size > 1
-        self._group = "" if group is None else group.group_name
 
     def span(self, axis: Axis, full: int) -> Span:
         return Span.part(full, self.rank, self.size) if axis in CUT_AXES else Span.whole(full)
@@ -40,24 +58,13 @@ class TensorParallel:
         """The stream [B S/n D] -> [B S D], to be read by matrices that are cut along their outputs."""
         if self.size == 1:
             return x
-        return _Gather.apply(x, self._group, self.size) if self.sequence else _Enter.apply(x, self._group)
+        return _Gather.apply(x, self.group, self.size) if self.sequence else _Enter.apply(x, self.group)
 
     def leave(self, x: Tensor) -> Tensor:
         """Partial sums [B S D] -> the stream [B S/n D]."""
         if self.size == 1:
             return x
-        return _Scatter.apply(x, self._group, self.size) if self.sequence else _Leave.apply(x, self._group)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """[…] -> […]: the sum over the ranks, which each of them goes on to use in its own way."""
-        return x if self.size == 1 else _Sum.apply(x, self._group)
-
-    def stack(self, x: Tensor) -> Tensor:
-        """[…] -> [n …]: what all ranks have, which each of them goes on to use in its own way."""
-        if self.size == 1:
-            return x[None]
-        rows = (0, 0) * x.dim() + (self.rank, self.size - 1 - self.rank)
-        return self.sum(F.pad(x[None], rows))
+        return _Scatter.apply(x, self.group, self.size) if self.sequence else _Leave.apply(x, self.group)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, vocab: Span) -> Tensor:
         """Logits [N V/n] of the tokens in `vocab`, targets [N] -> []: -ln softmax(logits)[target], summed over N.
@@ -68,7 +75,7 @@ class TensorParallel:
         """
         if self.size == 1:
             return F.cross_entropy(logits, targets, reduction="sum")
-        return _CrossEntropy.apply(logits, targets, vocab.start, self._group)
+        return _CrossEntropy.apply(logits, targets, vocab.start, self.group)
 
     def sparse_cross_entropy(self, logits: Tensor, targets: Tensor, vocab: Span, k: int) -> Tensor:
         """As `cross_entropy`, with a softmax over the k largest logits: ln Σ exp(logits among them) - the target's.
@@ -80,16 +87,17 @@ class TensorParallel:
         target = logits.gather(1, (targets - vocab.start).where(ours, 0)[:, None])[:, 0] * ours
         largest = logits.topk(min(k, logits.shape[1]), dim=1).values
         if self.size > 1:
-            target = _Leave.apply(target, self._group)
+            target = _Leave.apply(target, self.group)
             width = min(k, -(-vocab.full // self.size))  # the widest of the ranks' parts
             mine = F.pad(largest, (0, width - largest.shape[1]), value=-torch.inf)
             slots = [mine if rank == self.rank else torch.zeros_like(mine) for rank in range(self.size)]
-            largest = _Leave.apply(torch.cat(slots, 1), self._group).topk(min(k, vocab.full), dim=1).values
+            largest = _Leave.apply(torch.cat(slots, 1), self.group).topk(min(k, vocab.full), dim=1).values
         return (largest.logsumexp(1) - target).where(counted, 0).sum()
 
 
-def _reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
-    y: Tensor = torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group)
+def reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
+    """[…] -> […]: the sum over a group, or another `op`, without a gradient."""
+    y: Tensor = torch.ops._c10d_functional.allreduce(x.contiguous(), op, group)
     return torch.ops._c10d_functional.wait_tensor(y)  # type: ignore[no-any-return]
 
 
@@ -115,13 +123,13 @@ class _Enter(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce(grad, ctx.group), None
+        return reduce(grad, ctx.group), None
 
 
 class _Leave(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return _reduce(x, group)
+        return reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -132,11 +140,11 @@ class _Sum(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return _reduce(x, group)
+        return reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce(grad, ctx.group), None
+        return reduce(grad, ctx.group), None
 
 
 class _Gather(Function):
@@ -168,10 +176,10 @@ class _CrossEntropy(Function):
         counted = targets != IGNORED
         ours = counted & (targets >= start) & (targets < start + logits.shape[1])
         index = (targets - start).where(ours, 0)[:, None]
-        shifted = logits - _reduce(logits.amax(1, keepdim=True), group, "max")
+        shifted = logits - reduce(logits.amax(1, keepdim=True), group, "max")
         target = shifted.gather(1, index)[:, 0] * ours
         exponentials = shifted.exp_()
-        total, target = _reduce(torch.stack([exponentials.sum(1), target]), group)
+        total, target = reduce(torch.stack([exponentials.sum(1), target]), group)
         ctx.save_for_backward(exponentials.mul_((counted / total)[:, None]), index, ours)
         return (total.log() - target).where(counted, 0).sum()
 

@@ -18,7 +18,7 @@ from nlm.batch import Batch
 from nlm.build import build_model
 from nlm.config import Config, ModelConfig
 from nlm.data.corpus import Corpus
-from nlm.data.rank import tensors
+from nlm.data.rank import batch_of, tensors
 from nlm.model import Transformer, weights
 
 Vector = NDArray[np.float64]
@@ -136,11 +136,11 @@ def first_rows(config: Config) -> tuple[Batch, str]:
         rows = Corpus(config.model_copy(update={"train": two_rows})).batch(1)
     except ValueError as problem:
         generator = torch.Generator().manual_seed(config.train.seed)
-        tokens = torch.randint(config.model.vocab_size, (ROWS, seq_len + 1), generator=generator)
-        return Batch(tokens), f"{ROWS} x {seq_len} random tokens ({problem})"
-    tokens, starts = (tensor[:, : seq_len + 1] for tensor in tensors(rows))
-    documents = starts.cumsum(1) if config.data.document_mask else None
-    return Batch(tokens, documents), f"{ROWS} x {seq_len} tokens of the training data"
+        tokens = torch.randint(config.model.n_tokens, (ROWS, seq_len + 1), generator=generator)
+        random = tokens, torch.zeros_like(tokens)
+        return batch_of(config, random, 0, training=False), f"{ROWS} x {seq_len} random tokens ({problem})"
+    read = [tensor[:, : seq_len + 1] for tensor in tensors(rows)]
+    return batch_of(config, read, 0, training=False), f"{ROWS} x {seq_len} tokens of the training data"
 
 
 def measure(model: Transformer, batch: Batch) -> Signal:

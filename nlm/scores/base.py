@@ -89,10 +89,11 @@ def n_visible(q: Tensor, mask: Tensor | None) -> Tensor:
     return mask.sum(-1).transpose(1, 2)[..., None]  # [B 1 S] -> [B S 1 1]
 
 
-def document_mask(segments: Tensor) -> Tensor:
-    """The document of each position [B S] -> [B 1 S S], true where position i sees j: j <= i in the same document."""
+def document_mask(segments: Tensor, causal: bool = True) -> Tensor:
+    """The document of each position [B S] -> [B 1 S S], true where position i sees j: in the same document and, if
+    `causal`, j <= i."""
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    return same.tril()
+    return same.tril() if causal else same
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from parity import (
     DEEP_ROWS,
+    ENCODER_ROWS,
     LAYOUTS,
     MIXED_ROWS,
     OPTIMIZER_ROWS,
@@ -37,6 +38,8 @@ def chosen() -> Iterator[tuple[Row, str]]:
         yield CORE[i % len(CORE)], layout
     for row in MIXED_ROWS.values():  # which have every scheme, norm and score
         yield row, "fsdp2xtp2xpp2"
+    for row, layout in zip(ENCODER_ROWS.values(), ("fsdp2xtp2", "tp2+sp", "hsdp2x2"), strict=True):
+        yield row, layout
     for layout in ("fsdp2", "zero1"):  # it projects what it has updated, which every engine does in its own way
         yield SCHEME_ROWS["ngpt"], layout
     for name, layout in (
@@ -129,8 +132,8 @@ def test_another_layout_goes_on(name: str, prover: Prover) -> None:
 
 def test_everything_is_in_it() -> None:
     assert {layout for (_, layout), _ in CELLS} == set(LAYOUTS)
-    assert {name for (name, _), _ in CELLS} >= set(MIXED_ROWS) | set(OPTIMIZER_ROWS)
-    models = [row.model for row in MIXED_ROWS.values()]
+    assert {name for (name, _), _ in CELLS} >= {*MIXED_ROWS, *ENCODER_ROWS, *OPTIMIZER_ROWS}
+    models = [row.model for row in (*MIXED_ROWS.values(), *ENCODER_ROWS.values())]
     assert {model["scheme"]["name"] for model in models} == set(SCHEMES)
     assert {model["norm"]["name"] for model in models} == set(NORMS)
     assert {model["attention"]["score"] for model in models} == set(SCORES)

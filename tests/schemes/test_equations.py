@@ -9,10 +9,11 @@ import torch
 from entries import COMBINATIONS
 from transcription import Transcription
 
-from nlm import NORMS, WEIGHT_NORMS
+from nlm import NORMS, SCORES, WEIGHT_NORMS
 from nlm.build import design
 from nlm.config import Config
 from nlm.init import init
+from nlm.norms.batch import BatchStatistics
 from nlm.weight_norms import Singular
 
 MakeConfig = Callable[..., Config]
@@ -31,7 +32,11 @@ def difference(config: Config) -> float:
                 left, _, right = torch.linalg.svd(module.weight)
                 norm.u.copy_(left[:, 0])
                 norm.v.copy_(right[0])
-    parameters = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+            if isinstance(module, BatchStatistics):  # as after some steps
+                for name in module.state:
+                    getattr(module, name).uniform_(0.5, 2.0, generator=generator)
+    model.eval()
+    parameters = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     tokens = torch.randint(config.model.vocab_size, (2, config.train.seq_len), generator=generator)
     ours = model(tokens).detach().numpy()
     theirs = Transcription(parameters, config.model, seq_len=config.train.seq_len).logits(tokens.numpy())
@@ -49,7 +54,8 @@ def test_every_combination(model: dict[str, Any], make_config: MakeConfig) -> No
         *({"activation": name} for name in ("gelu", "relu", "relu2", "silu", "geglu")),
         *({"position": name} for name in ("rope_interleaved", "learned", "sinusoidal", "none")),
         *({"n_kv_heads": n} for n in (1, 4)),
-        *({"bias": True, "norm": name} for name in NORMS),
+        *({"bias": True, "norm": name} for name in NORMS if name != "batchnorm"),
+        {"architecture": "encoder", "bias": True, "norm": "batchnorm"},
         {"logits_cap": 2.0},
         {"weight_norm": {"name": "weight_norm", "roles": ["q", "down"]}},
         {"tied": True},
@@ -63,6 +69,11 @@ def test_every_combination(model: dict[str, Any], make_config: MakeConfig) -> No
 @pytest.mark.parametrize("scheme", ["pre_ln", "deepnorm", "ngpt", "without_tears"])
 def test_every_key_of_the_model(scheme: str, model: dict[str, Any], make_config: MakeConfig) -> None:
     assert difference(make_config({"scheme": {"name": scheme}} | model)) < LIMIT
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_of_encoders(score: str, make_config: MakeConfig) -> None:
+    assert difference(make_config({"architecture": "encoder", "attention": {"score": score}})) < LIMIT
 
 
 @pytest.mark.parametrize("weight_norm", WEIGHT_NORMS)

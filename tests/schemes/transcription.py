@@ -215,8 +215,13 @@ class Transcription:
                 scale = 1.0
         out = np.empty_like(v)
         for t in range(len(q)):
-            out[t] = self.weights(scale * (k[: t + 1] @ q[t])) @ v[: t + 1]
+            seen = self.seen(t, len(q))
+            out[t] = self.weights(scale * (k[:seen] @ q[t])) @ v[:seen]
         return out
+
+    def seen(self, t: int, n: int) -> int:
+        """How many of n positions the position t sees, from the first on."""
+        return n if self.model.is_encoder else t + 1
 
     def weights(self, s: Array) -> Array:
         """What one query gives the values of the keys that it sees, by their scores."""
@@ -264,9 +269,10 @@ class Transcription:
         turned_k = [self.placed_key(part) for part in features_k]
         out = np.empty_like(v)
         for t in range(len(q)):
-            above = sum(keys[: t + 1] @ query[t] for query, keys in zip(turned_q, turned_k, strict=True))
-            below = sum(keys[: t + 1] @ query[t] for query, keys in zip(features_q, features_k, strict=True))
-            out[t] = above @ v[: t + 1] / (t + 1) / (below.mean() + 1e-6)
+            seen = self.seen(t, len(q))
+            above = sum(keys[:seen] @ query[t] for query, keys in zip(turned_q, turned_k, strict=True))
+            below = sum(keys[:seen] @ query[t] for query, keys in zip(features_q, features_k, strict=True))
+            out[t] = above @ v[:seen] / seen / (below.mean() + 1e-6)
         return out
 
     def feed_forward(self, at: str, x: Array) -> Array:
@@ -353,6 +359,15 @@ class Transcription:
                 y = sqrt(C - 1) * x / np.sqrt(np.exp(self.p[f"{at}.log_beta"]) + x**2)
             case "dyisru":
                 y = sqrt(C) * x / np.sqrt(x**2 + np.exp(self.p[f"{at}.log_beta"]))
+            case "powernorm":
+                y = x / np.sqrt(mean_square(x) + eps) / np.sqrt(self.p[f"{at}.phi"] + eps)
+            case "unified" if self.model.is_encoder:
+                y = x / np.sqrt(self.p[f"{at}.rho"] + eps)
+            case "unified":
+                product = self.p[f"{at}.m0"] * self.p[f"{at}.m1"] * self.p[f"{at}.m2"] * self.p[f"{at}.m3"]
+                y = x / np.sqrt(product**0.25 + eps)
+            case "batchnorm":
+                y = (x - self.p[f"{at}.mean"]) / np.sqrt(self.p[f"{at}.var"] + eps)
             case "frozen_layernorm":
                 y = x - x.mean(-1, keepdims=True)
             case "frozen_rmsnorm":

@@ -141,7 +141,7 @@ def test_all_problems_at_once(minimal: Path) -> None:
         ("optim.lr=nan", "optim.lr"),
         ("optim.schedule=cos", "optim.schedule"),
         ("modle.dim=3", "modle: unknown key"),
-        ("model.architecture=encoder", "model.architecture"),
+        ("model.architecture=prefix", "model.architecture"),
         ("lr", "lr: expected an override of the form section.key=value"),
         ("optim..lr=1", "optim..lr=1: expected an override"),
     ],
