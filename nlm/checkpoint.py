@@ -137,11 +137,7 @@ class Checkpointer:
             raise
 
     def _publish(self, partial: Path, final: Path, sums: dict[str, str]) -> None:
-        _store(partial / SUMS, json.dumps(sums, indent=1, sort_keys=True).encode())
-        _sync(partial / TENSORS)
-        _sync(partial)
-        partial.rename(final)
-        _sync(final.parent)
+        _publish(partial, final, sums)
         self._retire()
 
     def _retire(self) -> None:
@@ -192,10 +188,22 @@ def load_checkpoint(path: str | Path) -> tuple[Transformer, Config]:
     path = Path(path)
     config = checkpoint_config(path)
     model = build_model(config)
-    parameters = {h.name: h for h in held(model)}
-    kept = (_whole(name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
-    _read(path, [*(_rectangle(name, h, h.tensor) for name, h in parameters.items()), *kept])
+    _read(path, _tensors(model))
     return model.eval(), config
+
+
+def save_checkpoint(path: str | Path, model: Transformer, config: Config) -> None:
+    """A whole model alone, for `load_checkpoint`: no run goes on from it. Errors: ValueError where something is."""
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path}: expected a folder that is not there yet; remove it, or write elsewhere")
+    partial = path.parent / f"{PARTIAL}{path.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / TENSORS).mkdir(parents=True)
+    _store(partial / "config.toml", config.to_toml().encode())
+    write(partial / TENSORS, _tensors(model), None)
+    files = [partial / "config.toml", *(partial / TENSORS).iterdir()]
+    _publish(partial, path, {str(file.relative_to(partial)): _sha256(file) for file in files})
 
 
 def checkpoint_config(path: Path) -> Config:
@@ -263,6 +271,13 @@ def differences(saved: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[tu
         yield ", ".join(path), saved, now
 
 
+def _tensors(model: Transformer) -> list[Rectangle]:
+    """Parameters and buffers of a whole model, without optimizer state."""
+    parameters = {h.name: h for h in held(model)}
+    kept = (_whole(name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
+    return [*(_rectangle(name, h, h.tensor) for name, h in parameters.items()), *kept]
+
+
 def _rectangles(engine: Engine) -> Iterator[Rectangle]:
     """What this rank stands for, of the parameters and of their optimizer state."""
     for i in engine.pieces.counted:
@@ -319,6 +334,15 @@ def _begin(partial: Path, files: dict[str, bytes]) -> None:
     (partial / TENSORS).mkdir(parents=True)
     for name, content in files.items():
         _store(partial / name, content)
+
+
+def _publish(partial: Path, final: Path, sums: dict[str, str]) -> None:
+    """Under its own name, now that all of it is there."""
+    _store(partial / SUMS, json.dumps(sums, indent=1, sort_keys=True).encode())
+    _sync(partial / TENSORS)
+    _sync(partial)
+    partial.rename(final)
+    _sync(final.parent)
 
 
 def _store(path: Path, content: bytes) -> None:

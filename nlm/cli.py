@@ -83,6 +83,28 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--layout-after", metavar="tp=2,…", help="keys of [parallel] that change at the interruption")
     prove.set_defaults(run=_prove_resume)
 
+    remove = verbs.add_parser("remove-norms", help="train a Pre-LN model on until its norms need no statistics")
+    remove.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step-00000100")
+    remove.add_argument("overrides", nargs="*", metavar="key=value", help="of its config, such as optim.lr=5e-4")
+    remove.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run that does it")
+    remove.add_argument("--steps", type=int, metavar="N", help="2.5 times as many as the plan takes")
+    remove.add_argument("--start", type=int, default=20, metavar="STEP", help="of the first norm (20)")
+    remove.add_argument(
+        "--gaps", type=int, nargs=3, default=(2, 2, 3), metavar="N", help="between layers: FFN, QK, V (2 2 3)"
+    )
+    remove.add_argument("--order", default="ffn,qk,v,final", metavar="A,B,…", help="of removal (ffn,qk,v,final)")
+    remove.add_argument(
+        "--auxiliary", type=float, default=0.0, metavar="W", help="weight of the loss on the stream's size (0)"
+    )
+    remove.set_defaults(run=_remove_norms)
+
+    fold = verbs.add_parser("fold-norms", help="put what is linear in a Pre-LN model's norms into its linear layers")
+    fold.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step-00000100")
+    fold.add_argument(
+        "--out", type=Path, required=True, metavar="CHECKPOINT", help="folder of the model that comes out"
+    )
+    fold.set_defaults(run=_fold_norms)
+
     tokenize = verbs.add_parser("tokenize", help="turn text, JSONL or parquet files into a token shard")
     tokenize.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or directories to search")
     how = tokenize.add_mutually_exclusive_group(required=True)
@@ -142,6 +164,34 @@ def _prove_resume(options: argparse.Namespace) -> None:
     if not prove_resume(options.config, options.overrides, options.at, options.layout_after):
         sys.exit(_fail(1, "the interrupted run is not the straight one"))
     print("proved")
+
+
+def _remove_norms(options: argparse.Namespace) -> None:
+    from nlm.remove_norms import remove_norms
+
+    print(
+        remove_norms(
+            options.checkpoint,
+            options.out,
+            options.overrides,
+            start=options.start,
+            gaps=options.gaps,
+            order=options.order.split(","),
+            steps=options.steps,
+            auxiliary=options.auxiliary,
+        )
+    )
+
+
+def _fold_norms(options: argparse.Namespace) -> None:
+    from nlm.checkpoint import load_checkpoint, save_checkpoint
+    from nlm.fold import difference, folded
+
+    model, config = load_checkpoint(options.checkpoint)
+    result, its_config = folded(model, config)
+    save_checkpoint(options.out, result, its_config)
+    off = difference(model, result, config.train.seq_len)
+    print(f"{options.out}: logits of random tokens differ by at most {off:.1e} of their standard deviation")
 
 
 def _tokenize(options: argparse.Namespace) -> None:

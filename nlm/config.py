@@ -84,8 +84,9 @@ def _named(value: Any) -> Any:
 class ModelConfig(Section):
     """Left out, `n_kv_heads` is n_heads, `head_dim` dim / n_heads, and `ffn_dim` 4 · dim, or 8/3 · dim rounded
     up to a multiple of 8 for the gated activations, which have a third matrix. `bias` is for linear layers and
-    for the norms that have one. `norm` is a name, or a table of a name and the norm's own fields; `init`, for schemes
-    that have none of their own, and `weight_norm` likewise, this with the roles of the matrices that have it.
+    for the norms that have one, but not for the head, which has `head_bias`. `norm` is a name, or a table of a name and
+    the norm's own fields; `init`, for schemes that have none of their own, and `weight_norm` likewise, this with the
+    roles of the matrices that have it.
 
     An "encoder" sees the whole text, and learns tokens that are masked (see data/masked.py). Its mask is the last token
     of the vocabulary, one more than the data may have.
@@ -103,6 +104,7 @@ class ModelConfig(Section):
     ffn_dim: PositiveInt
     activation: Literal["gelu", "relu", "relu2", "silu", "swiglu", "geglu"] = "gelu"
     bias: bool = False
+    head_bias: bool = False
     tied: bool = False
     norm: Annotated[NamedChoice, BeforeValidator(_named)] = NamedChoice(name="layernorm")
     norm_eps: PositiveFloat = 1e-5
@@ -437,8 +439,10 @@ def _contradictions(table: Table) -> Iterable[str]:
     if heads and kv and heads % kv:
         fits = [k for k in range(1, heads + 1) if heads % k == 0]
         yield f"model.n_kv_heads: expected a divisor of model.n_heads = {heads} (one of {fits}), got {kv}"
-    width = head_dim or (dim // heads if dim and heads and dim % heads == 0 else None)
     model = table.get("model")
+    if isinstance(model, dict) and model.get("tied") is True and model.get("head_bias") is True:
+        yield "model.head_bias: a tied model has no head of its own; set tied = false, or remove it"
+    width = head_dim or (dim // heads if dim and heads and dim % heads == 0 else None)
     position = model.get("position", "rope") if isinstance(model, dict) else None
     if width and width % 2 and position in {"rope", "rope_interleaved"}:
         yield f"model.head_dim: expected an even number for model.position = {position!r}, got {width}"

@@ -329,7 +329,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleDict({str(l): Block(config, design, l) for l in part.layers})
         self.final = design.slot(ends, "final") if part.last else None
         has_head = part.last and not config.tied
-        self.head = design.linear(Role.HEAD, spans["dim"], spans["vocab"], bias=False) if has_head else None
+        self.head = design.linear(Role.HEAD, spans["dim"], spans["vocab"], config.head_bias) if has_head else None
         self.logits = design.slot(ends, "logits") if part.last else None
         if self.logits is not None:
             self.logits.inside = True  # type: ignore[assignment]

@@ -12,7 +12,8 @@ Model = dict[str, Any]
 
 # By default pRMSNorm divides by two channels of 32, whose size may be next to nothing.
 NORM_FIELDS: dict[str, list[Model]] = {
-    "rmsnorm": [{}, {"eps_outside": True}, {"one_plus": True}],
+    "layernorm": [{}, {"gain": False}],
+    "rmsnorm": [{}, {"eps_outside": True}, {"one_plus": True}, {"gain": False}],
     "prmsnorm": [{"p": 0.3}],
 }
 SCORE_FIELDS: dict[str, list[Model]] = {
@@ -20,6 +21,9 @@ SCORE_FIELDS: dict[str, list[Model]] = {
     "top_k": [{"k": 3}],
     "sa_softmax": [{}, {"normalized": False}, {"detach": True}],
 }
+NOT_BOUNDED = {"frozen_layernorm", "frozen_rmsnorm", "none"}
+"""What these give is as large as what they read: they need a scheme with small branches. The others go with one that
+has norms over every axis there is."""
 BATCH_NORMS = ("powernorm", "unified", "batchnorm")
 """Those that have, or are, a form for encoders alone."""
 NORM_CHOICES = [
@@ -67,7 +71,7 @@ ENCODERS = dict(combination("sub_ln", {"name": name}, encoder=True) for name in 
 COMBINATIONS: dict[str, Model] = dict(
     [
         *(combination(scheme) for scheme in SCHEMES),
-        *(combination("sub_ln", norm) for norm in NORM_CHOICES),  # which has norms over every axis there is
+        *(combination("branch_scaled" if norm["name"] in NOT_BOUNDED else "sub_ln", norm) for norm in NORM_CHOICES),
         *(combination(score=score) for score in SCORE_CHOICES),
         *(combination(weight_norm=name) for name in WEIGHT_NORMS),
         *MIXED.items(),

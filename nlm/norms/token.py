@@ -42,29 +42,38 @@ class NormLayer(nn.Module):
 
 
 class ChannelNorm(NormLayer):
-    """With a gain and, if asked for, a bias for each channel."""
+    """With a gain, unless told otherwise, and, if asked for, a bias for each channel."""
 
     roles = {"weight": Role.NORM, "bias": Role.BIAS}
 
-    def __init__(self, at: NormSite) -> None:
+    def __init__(self, at: NormSite, gain: bool = True) -> None:
         super().__init__(at)
         self.initial = {"weight": 1.0, "bias": 0.0}
         self.spans: dict[str, tuple[Span, ...]] = {"weight": (at.width,), "bias": (at.width,)}
-        self.weight = nn.Parameter(torch.empty(len(at.width)))
+        self.weight: nn.Parameter | None
         self.bias: nn.Parameter | None
-        self.register_parameter("bias", nn.Parameter(torch.empty(len(at.width))) if at.bias else None)
+        self.register_parameter("weight", nn.Parameter(torch.empty(len(at.width))) if gain else None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(len(at.width))) if gain and at.bias else None)
 
     def scaled(self, x: Tensor) -> Tensor:
         """[… D] -> [… D]: times the gain, plus the bias."""
+        if self.weight is None:
+            return x
         return x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)
 
 
 class LayerNorm(ChannelNorm):
-    """γ (x - mean) / sqrt(var + eps) + b, biased variance (Ba et al. 2016, eq. 4)."""
+    """γ (x - mean) / sqrt(var + eps) + b, biased variance (Ba et al. 2016, eq. 4).
+
+    `gain = false`: without γ and b, as where the next linear layer has taken them in (`nlm fold-norms`).
+    """
+
+    def __init__(self, at: NormSite, *, gain: bool = True) -> None:
+        super().__init__(at, gain)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.width.is_whole:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return F.layer_norm(x, (len(self.width),), self.weight, self.bias, self.eps)
         x = precise(x)
         means, variances = self.tp.stack(torch.stack([x.mean(-1), x.var(-1, correction=0)])).unbind(1)  # [n B S]
         mean, var = means.mean(0)[..., None], (variances.mean(0) + means.var(0, correction=0))[..., None]
@@ -75,26 +84,30 @@ class RMSNorm(ChannelNorm):
     """γ x / sqrt(mean(x²) + eps) (Zhang & Sennrich 2019, eq. 4; Llama).
 
     `eps_outside`: γ x / (sqrt(mean(x²)) + eps), as in its authors' code. `one_plus`: the gain is 1 + γ and γ starts
-    at 0, as in Gemma. It has no bias, whatever the model's choice for norms that may.
+    at 0, as in Gemma. `gain = false`: without γ. It has no bias, whatever the model's choice for norms that may.
     """
 
-    def __init__(self, at: NormSite, *, eps_outside: bool = False, one_plus: bool = False) -> None:
-        super().__init__(replace(at, bias=False))
+    def __init__(self, at: NormSite, *, eps_outside: bool = False, one_plus: bool = False, gain: bool = True) -> None:
+        super().__init__(replace(at, bias=False), gain)
+        if one_plus and not gain:
+            raise ValueError("model.norm.one_plus: is about the gain; remove it, or set gain = true")
         self.eps_outside, self.one_plus = eps_outside, one_plus
         self.initial["weight"] = 0.0 if one_plus else 1.0
         self.counted = at.width.full
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = self.weight + 1 if self.one_plus else self.weight
+        gain = self.weight + 1 if self.weight is not None and self.one_plus else self.weight
         if self.width.is_whole and self.counted == self.width.full and not self.eps_outside:
-            return F.rms_norm(x, gain.shape, gain, self.eps)
+            return F.rms_norm(x, (len(self.width),), gain, self.eps)
         x = precise(x)
         counted = x[..., : max(0, self.counted - self.width.start)]  # those of the first channels that this rank has
         mean_square = sum_squares(counted, self.width, self.tp) / self.counted
         if self.eps_outside:
             # Below the least number there is, the root has no slope.
-            return x / (mean_square.clamp(min=torch.finfo(x.dtype).tiny).sqrt() + self.eps) * gain
-        return x * (mean_square + self.eps).rsqrt() * gain
+            y = x / (mean_square.clamp(min=torch.finfo(x.dtype).tiny).sqrt() + self.eps)
+        else:
+            y = x * (mean_square + self.eps).rsqrt()
+        return y if gain is None else y * gain
 
 
 class PartialRMSNorm(RMSNorm):

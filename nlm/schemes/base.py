@@ -89,6 +89,12 @@ class Scheme(ABC):
         """Whether another init may take the place of its own."""
         return type(self).std is Scheme.std
 
+    @property
+    def folds(self) -> bool:
+        """Whether its norms stand between the stream and linear layers, f(norm(x)) and the head, and nowhere else, so
+        that these can take them in."""
+        return False
+
     @abstractmethod
     def residual(self, site: Site) -> Residual:
         """The equation of one sublayer."""

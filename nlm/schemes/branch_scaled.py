@@ -22,6 +22,10 @@ class BranchScaled(Scheme):
 
     base_layers: int = 1
 
+    @property
+    def folds(self) -> bool:
+        return True
+
     def residual(self, site: Site) -> Residual:
         return Residual(branch_scaled, norm=Norm(), scale=Fixed((2 * site.n_layers) ** -0.5))
 

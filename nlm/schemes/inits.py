@@ -22,6 +22,10 @@ class Init(Scheme):
     def sublayers(self, layer: int) -> tuple[Kind, Kind]:
         return self.scheme.sublayers(layer)
 
+    @property
+    def folds(self) -> bool:
+        return self.scheme.folds
+
     def residual(self, site: Site) -> Residual:
         return self.scheme.residual(site)
 

@@ -21,6 +21,10 @@ class LayerScale(Scheme):
 
     gamma: float | None = None
 
+    @property
+    def folds(self) -> bool:
+        return True
+
     def residual(self, site: Site) -> Residual:
         by_depth = 0.1 if site.n_layers <= 18 else 1e-5 if site.n_layers <= 24 else 1e-6
         return Residual(layerscale, norm=Norm(), gamma=Learned(("dim",), self.gamma or by_depth))

@@ -19,6 +19,10 @@ class PreLN(Scheme):
 
     residual_init: bool = True
 
+    @property
+    def folds(self) -> bool:
+        return True
+
     def residual(self, site: Site) -> Residual:
         return Residual(pre_ln, norm=Norm())
 

@@ -59,6 +59,7 @@ def test_every_combination(model: dict[str, Any], make_config: MakeConfig) -> No
         {"logits_cap": 2.0},
         {"weight_norm": {"name": "weight_norm", "roles": ["q", "down"]}},
         {"tied": True},
+        {"head_bias": True},
         {"head_dim": 6, "n_heads": 3},
         {"rope_base": 100.0},
         {"norm_eps": 0.1},

@@ -91,7 +91,7 @@ class Transcription:
         head = self.matrix("embed" if self.model.tied else "head")
         if self.scheme == "without_tears":
             head = unit(head)
-        logits = x @ head.T
+        logits = x @ head.T + self.p.get("head.bias", 0.0)
         if self.scheme == "ngpt":
             logits = logits * self.p["logits.s"] * sqrt(self.model.dim)
         if cap := getattr(self.model, "logits_cap", None):
@@ -368,8 +368,16 @@ class Transcription:
                 y = x / np.sqrt(product**0.25 + eps)
             case "batchnorm":
                 y = (x - self.p[f"{at}.mean"]) / np.sqrt(self.p[f"{at}.var"] + eps)
+            case "frozen_layernorm":
+                y = x - x.mean(-1, keepdims=True)
+            case "frozen_rmsnorm":
+                y = x
+            case "none":
+                return x
             case unknown:
                 raise AssertionError(f"no transcription of {unknown}: write one")
+        if not fields.get("gain", True):
+            return y
         weight = self.p[f"{at}.weight"] + (1 if fields.get("one_plus", False) else 0)
         return y * weight + self.p.get(f"{at}.bias", 0.0)
 

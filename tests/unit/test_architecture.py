@@ -23,9 +23,10 @@ LEVELS = [
     ["nlm.optim", "nlm.statistics"],
     ["nlm.parallel"],
     ["nlm.build", "nlm.evaluate"],
-    ["nlm.checkpoint", "nlm.faults", "nlm.metrics", "nlm.stop"],
-    ["nlm.compare"],
+    ["nlm.checkpoint", "nlm.faults", "nlm.fold", "nlm.metrics", "nlm.stop"],
+    ["nlm.compare", "nlm.transition"],
     ["nlm.train", "nlm.prove", "nlm.probe"],
+    ["nlm.remove_norms"],
     ["nlm.cli", "nlm"],
     ["nlm.__main__"],
 ]
