@@ -1,0 +1,27 @@
+"""RMSNorm, also of a sixteenth of the channels, is as good as LayerNorm."""
+
+from tools.reproduce.claim import Check, Claim
+from tools.reproduce.setting import as_good, losses
+
+
+def trained(norm: str) -> list[float]:
+    return losses("pre_ln", {"n_layers": 6, "norm": norm})
+
+
+def measure() -> list[Check]:
+    layernorm = trained("layernorm")
+    return [
+        as_good("RMSNorm", trained("rmsnorm"), "LayerNorm", layernorm),
+        as_good("pRMSNorm", trained("prmsnorm"), "LayerNorm", layernorm),
+    ]
+
+
+CLAIM = Claim(
+    {"norms": ("rmsnorm", "prmsnorm")},
+    "Zhang & Sennrich 2019, arXiv:1910.07467",
+    "Without re-centring, and by the root mean square of 6.25 % of the channels, the quality stays",
+    measure,
+)
+
+if __name__ == "__main__":
+    CLAIM.show("rmsnorm_loss")
