@@ -3,18 +3,20 @@
 from tools.reproduce.claim import Check, Claim
 from tools.reproduce.setting import exponents, signal
 
-DEPTHS = [8, 16, 32, 64]
+DEPTHS = [8, 16, 32, 64, 128]
+MODEL = {"dim": 64, "n_heads": 4, "position": "learned", "seq_len": 64}
+"""That of tests/schemes, in which the limits below were set."""
 
 
 def powers(scheme: str) -> list[float]:
     """Of depth, that one step of SGD moves the stream by."""
-    return exponents(DEPTHS, lambda seed, n: float(signal(scheme, seed, n_layers=n, dim=64).update["sgd"][-1]))
+    return exponents(DEPTHS, lambda seed, n: float(signal(scheme, seed, n_layers=n, **MODEL).update["sgd"][-1]))
 
 
 def measure() -> list[Check]:
     return [
-        Check("power of depth of DeepNorm's update", [abs(x) for x in powers("deepnorm")], below=0.15, against=0.5),
-        Check("of Post-LN's", powers("post_ln"), above=1.0),
+        Check("power of depth of DeepNorm's update", [abs(x) for x in powers("deepnorm")], below=0.1, against=0.5),
+        Check("of Post-LN's", powers("post_ln"), above=1.5, against=0.5),
     ]
 
 

