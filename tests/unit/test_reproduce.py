@@ -32,11 +32,13 @@ REGISTRIES = {
         ([0.5], {"above": 1.0}, Verdict.CONTRADICTED),
         ([0.5], {"below": 1.0}, Verdict.REPRODUCED),
         ([2.0], {"below": 1.0}, Verdict.CONTRADICTED),
-        ([1.0, 2.0, 3.0], {"above": 1.5}, Verdict.NOT_HERE),  # 0.5 above it, with a spread of 1
-        ([1.0, 2.0, 3.0], {"above": 2.5}, Verdict.NOT_HERE),
-        ([1.0, 2.0, 3.0], {"above": 0.9}, Verdict.REPRODUCED),
-        ([1.0, 2.0, 3.0], {"above": 3.1}, Verdict.CONTRADICTED),
-        ([1.0, 2.0, 3.0], {"above": 4.0, "against": 2.5}, Verdict.NOT_HERE),
+        ([1.0, 2.0, 3.0], {"above": 0.1}, Verdict.NOT_HERE),  # 1.9 above it, with a spread of 1
+        ([1.0, 2.0, 3.0], {"above": -0.1}, Verdict.REPRODUCED),
+        ([1.0, 2.0, 3.0], {"above": 3.9}, Verdict.NOT_HERE),
+        ([1.0, 2.0, 3.0], {"above": 4.1}, Verdict.CONTRADICTED),
+        ([1.0, 2.0, 3.0], {"above": 4.1, "against": 3.9}, Verdict.NOT_HERE),
+        ([1.0, 2.0, 3.0], {"below": 4.1}, Verdict.REPRODUCED),
+        ([1.0, 2.0, 3.0], {"below": -0.1}, Verdict.CONTRADICTED),
         ([0.07], {"below": 0.05, "against": 0.1}, Verdict.NOT_HERE),
         ([0.12], {"below": 0.05, "against": 0.1}, Verdict.CONTRADICTED),
     ],

@@ -20,8 +20,9 @@ deepnorm_update` also replaces its row here.
 Models are small decoders (32 channels and 12 layers, if the script does not say otherwise) over the bytes of
 Shakespeare's plays, a hundred steps on the comedies and histories, losses in nats a byte on the tragedies. Numbers are
 mean ± standard deviation over three seeds; of two arms, of the difference at the same seed. *Reproduced*: every check
-is beyond its limit by more than the spread. *Contradicted*: one check is by more than the spread on the other side (or
-beyond a limit of its own, which the script states). *Not at this scale*: neither. A verdict is about these models: what
+is beyond its limit by more than two standard deviations; where there is none to be had, chance would do that once in 27
+times. *Contradicted*: one check is as far on the other side (or beyond a second limit, which the script states). *Not
+at this scale*: neither. A verdict is about these models: what
 a paper shows at a thousand times their size may still hold there.
 
 {counts}.

@@ -8,11 +8,11 @@ DEPTHS = [4, 8, 16, 32, 64]
 
 def updates(scheme: str) -> list[float]:
     """The power of depth by which one step of Adam, which goes by the gradient's sign, moves the stream."""
-    return exponents(DEPTHS, lambda seed, n: float(signal(scheme, seed, n_layers=n).update["sign"][-1]))
+    return exponents(DEPTHS, lambda seed, n: float(signal(scheme, seed, n_layers=n, dim=64).update["sign"][-1]))
 
 
 def measure() -> list[Check]:
-    size = exponents(DEPTHS, lambda seed, n: float(rms(build("branch_scaled", seed, n_layers=n))[-1, 1, 2]))
+    size = exponents(DEPTHS, lambda seed, n: float(rms(build("branch_scaled", seed, n_layers=n, dim=64))[-1, 1, 2]))
     update, usual = updates("branch_scaled"), updates("pre_ln")
     return [
         Check("power of depth of the stream's RMS", [abs(x) for x in size], below=0.1, against=0.3),

@@ -15,12 +15,17 @@ class Verdict(StrEnum):
     CONTRADICTED = "contradicted"
 
 
+CERTAIN = 2.0
+"""By how many standard deviations over seeds a mean is to be beyond a limit. Of three normal numbers around the limit
+itself the mean is that far on a given side once in 27 times."""
+
+
 @dataclass(frozen=True)
 class Check:
     """A quantity, once a seed, and the limit `above` or `below` which the claim has it.
 
-    Reproduced where the mean is on that side by more than the spread (the standard deviation over seeds), contradicted
-    where it is by more than the spread on the other side of `against`, by default the limit itself; neither between.
+    Reproduced where the mean is on that side by more than CERTAIN times the spread (the standard deviation over seeds),
+    contradicted where it is as far on the other side of `against`, by default the limit itself; neither between.
     `note` says what the quantity was made of.
     """
 
@@ -50,9 +55,10 @@ class Check:
         limit, sign = (self.below, -1) if self.above is None else (self.above, 1)
         assert limit is not None, "checked above"
         against = limit if self.against is None else self.against
-        if sign * (self.mean - limit) > self.spread:
+        doubt = CERTAIN * self.spread
+        if sign * (self.mean - limit) > doubt:
             return Verdict.REPRODUCED
-        return Verdict.CONTRADICTED if sign * (self.mean - against) < -self.spread else Verdict.NOT_HERE
+        return Verdict.CONTRADICTED if sign * (self.mean - against) < -doubt else Verdict.NOT_HERE
 
     @property
     def expected(self) -> str:

@@ -3,7 +3,7 @@
 from tools.reproduce.claim import Check, Claim
 from tools.reproduce.setting import best, less, lowest
 
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 MODEL = {"n_layers": 4, "activation": "swiglu", "ffn_dim": 128}
 STEPS = {"steps": 200}
 

@@ -1,12 +1,16 @@
 """ReZero converges faster than Post-LN, and needs no warmup."""
 
 from tools.reproduce.claim import Check, Claim
-from tools.reproduce.setting import less, losses
+from tools.reproduce.setting import best, less, lowest
+
+
+RATES = (1e-3, 3e-3, 1e-2)
 
 
 def measure() -> list[Check]:
-    post_ln = losses("post_ln", optim={"warmup_steps": 30})
-    return [less("loss", "ReZero", losses("rezero"), "Post-LN with warmup", post_ln)]
+    rezero, post_ln = best(RATES, "rezero"), best(RATES, "post_ln", optim={"warmup_steps": 30})
+    i, j = lowest(rezero), lowest(post_ln)
+    return [less("loss", f"ReZero at lr {RATES[i]:g}", rezero[i], f"Post-LN with warmup at {RATES[j]:g}", post_ln[j])]
 
 
 CLAIM = Claim(
