@@ -55,8 +55,8 @@ def test_a_claim_is_as_good_as_its_worst_check() -> None:
 
 
 def test_arms_are_compared_at_the_same_seed() -> None:
-    """Seeds that differ by 1 do not hide a difference of 0.1 that every one of them has."""
-    small, large = [1.0, 2.0, 3.0], [1.1, 2.1, 3.11]
+    """Seeds that differ by 1 do not hide a difference of 0.2 that every one of them has."""
+    small, large = [1.0, 2.0, 3.0], [1.2, 2.2, 3.21]
     assert less("loss", "a", small, "b", large).verdict == Verdict.REPRODUCED
     assert less("loss", "a", large, "b", small).verdict == Verdict.CONTRADICTED
     assert as_good("a", small, "b", large).verdict == Verdict.REPRODUCED

@@ -1,7 +1,7 @@
 """AdamP lets weights that a norm makes scale-invariant grow less than Adam."""
 
 from nlm.anatomy import WRITES
-from nlm.model import weights
+from nlm.model import Transformer, weights
 from tools.reproduce.claim import Check, Claim
 from tools.reproduce.setting import SEEDS, build, config, less, train
 
@@ -11,7 +11,7 @@ MODEL = {"n_layers": 6}
 def growth(optimizer: str) -> list[float]:
     """Once a seed: the mean ‖W‖ after training over that before, of what Peri-LN normalizes: W_o and W_down."""
 
-    def norms(model: object) -> float:
+    def norms(model: Transformer) -> float:
         return sum(float(p.norm()) for _, p, w in weights(model) if w.role in WRITES)
 
     optim = {"name": optimizer, "betas": [0.9, 0.999], "weight_decay": 0.0}

@@ -3,7 +3,6 @@
 from tools.reproduce.claim import Check, Claim
 from tools.reproduce.setting import best, less, lowest
 
-
 RATES = (1e-3, 3e-3, 1e-2)
 
 
