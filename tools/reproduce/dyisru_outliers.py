@@ -14,14 +14,14 @@ from tools.reproduce.setting import SEEDS, config, rows, train
 SHARPNESS = torch.logspace(-2, 2, 200)
 
 
-@torch.no_grad()
 def pairs(seed: int) -> list[tuple[Tensor, Tensor]]:
     """What goes into each LayerNorm of a trained model, and what comes out before the gain."""
     model, found = train(config("pre_ln", seed, {"n_layers": 6})).models[0], []
     for module in model.modules():
         if isinstance(module, LayerNorm):
             module.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-    model(rows(1000 + seed)[:, :-1])
+    with torch.no_grad():
+        model(rows(1000 + seed)[:, :-1])
     return [(x.flatten(), F.layer_norm(x, x.shape[-1:]).flatten()) for x in found]
 
 
@@ -42,7 +42,8 @@ def isru(x: Tensor) -> Tensor:
 
 
 def measure() -> list[Check]:
-    channels, ratios = config("pre_ln").model.dim, {"DyISRU": [], "ELN": []}
+    channels = config("pre_ln").model.dim
+    ratios: dict[str, list[float]] = {"DyISRU": [], "ELN": []}
     for seed in SEEDS:
         sites = pairs(seed)
         tanh = sum(error(torch.tanh, x, y, None) for x, y in sites)

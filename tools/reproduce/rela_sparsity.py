@@ -7,7 +7,6 @@ from tools.reproduce.claim import Check, Claim
 from tools.reproduce.setting import SEEDS, config, rows, train
 
 
-@torch.no_grad()
 def zeros(seed: int) -> tuple[float, float]:
     """The share of the weights that are 0, of those that could be others, and of the rows that have no others."""
     model, found = train(config("pre_ln", seed, {"n_layers": 6, "attention": {"score": "rela"}})).models[0], []
@@ -20,7 +19,8 @@ def zeros(seed: int) -> tuple[float, float]:
     nulls: list[Tensor] = []
     for block in model.blocks.values():
         block.attn.score.weigh = record
-    model(rows(1000 + seed)[:, :-1])
+    with torch.no_grad():
+        model(rows(1000 + seed)[:, :-1])
     return float(torch.stack(found).float().mean()), float(torch.stack(nulls).float().mean())
 
 
