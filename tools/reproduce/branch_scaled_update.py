@@ -1,18 +1,18 @@
 """With 1/sqrt(2L) on the branches and depth-µP, size of stream and first update do not depend on depth."""
 
 from tools.reproduce.claim import Check, Claim
-from tools.reproduce.setting import build, exponents, rms, signal
+from tools.reproduce.setting import TESTS, exponents, signal
 
 DEPTHS = [4, 8, 16, 32, 64]
 
 
 def updates(scheme: str) -> list[float]:
     """The power of depth by which one step of Adam, which goes by the gradient's sign, moves the stream."""
-    return exponents(DEPTHS, lambda seed, n: float(signal(scheme, seed, n_layers=n, dim=64).update["sign"][-1]))
+    return exponents(DEPTHS, lambda seed, n: float(signal(scheme, seed, n_layers=n, **TESTS).update["sign"][-1]))
 
 
 def measure() -> list[Check]:
-    size = exponents(DEPTHS, lambda seed, n: float(rms(build("branch_scaled", seed, n_layers=n, dim=64))[-1, 1, 2]))
+    size = exponents(DEPTHS, lambda seed, n: float(signal("branch_scaled", seed, n_layers=n, **TESTS).rms[-1, 1, 2]))
     update, usual = updates("branch_scaled"), updates("pre_ln")
     return [
         Check("power of depth of the stream's RMS", [abs(x) for x in size], below=0.1, against=0.3),

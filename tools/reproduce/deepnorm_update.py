@@ -1,16 +1,14 @@
 """DeepNorm's first update does not grow with depth."""
 
 from tools.reproduce.claim import Check, Claim
-from tools.reproduce.setting import exponents, signal
+from tools.reproduce.setting import TESTS, exponents, signal
 
 DEPTHS = [8, 16, 32, 64, 128]
-MODEL = {"dim": 64, "n_heads": 4, "position": "learned", "seq_len": 64}
-"""That of tests/schemes, in which the limits below were set."""
 
 
 def powers(scheme: str) -> list[float]:
     """Of depth, that one step of SGD moves the stream by."""
-    return exponents(DEPTHS, lambda seed, n: float(signal(scheme, seed, n_layers=n, **MODEL).update["sgd"][-1]))
+    return exponents(DEPTHS, lambda seed, n: float(signal(scheme, seed, n_layers=n, **TESTS).update["sgd"][-1]))
 
 
 def measure() -> list[Check]:
