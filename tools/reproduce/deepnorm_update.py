@@ -14,7 +14,7 @@ def powers(scheme: str) -> list[float]:
 def measure() -> list[Check]:
     return [
         Check("power of depth of DeepNorm's update", [abs(x) for x in powers("deepnorm")], below=0.1, against=0.5),
-        Check("of Post-LN's", powers("post_ln"), above=1.5, against=0.5),
+        Check("of Post-LN's", powers("post_ln"), above=0.5, against=0.1),
     ]
 
 

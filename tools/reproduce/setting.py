@@ -63,7 +63,7 @@ def config(scheme: str, seed: int = 0, model: dict[str, Any] | None = None, **se
 
 
 TESTS = {"dim": 64, "n_heads": 4, "position": "learned", "seq_len": 64}
-"""Of `signal`: the models of tests/schemes, in which limits of powers of depth were set."""
+"""Of `signal`: the models of tests/schemes."""
 
 
 def build(scheme: str, seed: int = 0, /, **model: Any) -> Transformer:
