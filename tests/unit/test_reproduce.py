@@ -7,22 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nlm import NORMS, SCHEMES, SCORES, WEIGHT_NORMS
-from nlm.optim import OPTIMIZERS
-from nlm.schemes.inits import INITS
+from nlm import SCHEMES
 from tools.reproduce import setting
-from tools.reproduce.__main__ import DOCS, SCRIPTS, page, store
+from tools.reproduce.__main__ import DOCS, REGISTRIES, SCRIPTS, page, store
 from tools.reproduce.claim import Check, Verdict, together
 from tools.reproduce.setting import as_good, less
-
-REGISTRIES = {
-    "schemes": SCHEMES,
-    "norms": NORMS,
-    "scores": SCORES,
-    "weight_norms": WEIGHT_NORMS,
-    "inits": INITS,
-    "optimizers": OPTIMIZERS,
-}
 
 
 @pytest.mark.parametrize(

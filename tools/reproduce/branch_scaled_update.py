@@ -4,15 +4,17 @@ from tools.reproduce.claim import Check, Claim
 from tools.reproduce.setting import TESTS, exponents, signal
 
 DEPTHS = [4, 8, 16, 32, 64]
+WIDE = TESTS | {"dim": 128, "n_heads": 8}
+"""What is claimed is of infinite width: narrow models stray from it."""
 
 
 def updates(scheme: str) -> list[float]:
     """The power of depth by which one step of Adam, which goes by the gradient's sign, moves the stream."""
-    return exponents(DEPTHS, lambda seed, n: float(signal(scheme, seed, n_layers=n, **TESTS).update["sign"][-1]))
+    return exponents(DEPTHS, lambda seed, n: float(signal(scheme, seed, n_layers=n, **WIDE).update["sign"][-1]))
 
 
 def measure() -> list[Check]:
-    size = exponents(DEPTHS, lambda seed, n: float(signal("branch_scaled", seed, n_layers=n, **TESTS).rms[-1, 1, 2]))
+    size = exponents(DEPTHS, lambda seed, n: float(signal("branch_scaled", seed, n_layers=n, **WIDE).rms[-1, 1, 2]))
     update, usual = updates("branch_scaled"), updates("pre_ln")
     return [
         Check("power of depth of the stream's RMS", [abs(x) for x in size], below=0.1, against=0.3),

@@ -1,15 +1,19 @@
 """DS-Init makes deep Post-LN trainable."""
 
 from tools.reproduce.claim import Check, Claim
-from tools.reproduce.setting import losses, trains
+from tools.reproduce.setting import best, lowest, trains
 
 DEEP = {"n_layers": 12}
-SLOW = {"lr": 1e-3, "warmup_steps": 30}
+RATES = (1e-3, 3e-3)
+
+
+def tuned(**init: str) -> list[float]:
+    found = best(RATES, "post_ln", DEEP | init, optim={"warmup_steps": 30})
+    return found[lowest(found)]
 
 
 def measure() -> list[Check]:
-    scaled = losses("post_ln", DEEP | {"init": "ds_init"}, optim=SLOW)
-    return [trains("Post-LN + DS-Init", scaled), trains("Post-LN", losses("post_ln", DEEP, optim=SLOW), fails=True)]
+    return [trains("Post-LN + DS-Init", tuned(init="ds_init")), trains("Post-LN", tuned(), fails=True)]
 
 
 CLAIM = Claim(

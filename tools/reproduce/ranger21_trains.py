@@ -3,9 +3,9 @@
 from typing import Any
 
 from tools.reproduce.claim import Check, Claim
-from tools.reproduce.setting import losses, trains
+from tools.reproduce.setting import best, lowest, trains
 
-PLAIN = {"n_layers": 16, "scheme": {"name": "skipinit", "alpha": 1.0}}
+PLAIN = {"n_layers": 12, "scheme": {"name": "skipinit", "alpha": 1.0}}
 RANGER21: dict[str, Any] = {
     "name": "ranger21",
     "weight_decay": 1e-4,
@@ -19,11 +19,16 @@ RANGER21: dict[str, Any] = {
 }
 
 
+RATES = (3e-4, 1e-3)
+
+
+def tuned(**optim: Any) -> list[float]:
+    found = best(RATES, "skipinit", PLAIN, optim=optim)
+    return found[lowest(found)]
+
+
 def measure() -> list[Check]:
-    return [
-        trains("Ranger21", losses("skipinit", PLAIN, optim=RANGER21)),
-        trains("AdamW", losses("skipinit", PLAIN), fails=True),
-    ]
+    return [trains("Ranger21", tuned(**RANGER21)), trains("AdamW", tuned(), fails=True)]
 
 
 CLAIM = Claim(
