@@ -35,7 +35,7 @@ mean ± standard deviation over three seeds; of two arms, of the difference at t
 is beyond its limit by more than two standard deviations, which chance alone would do once in 27 times. *Contradicted*:
 one check is as far on the other side, or beyond a second limit that the script states. *Not at this scale*: neither. A
 verdict is about these models: what a paper shows at a thousand times their size may still hold there. The limits are
-ours, rates are tuned only where the table names them, and a loss that diverged counts as ln V = 5.55.
+ours, learning rates are tuned only where the script has RATES, and a loss that diverged counts as ln V = 5.55.
 
 {counts}. Without a claim as yet: {without}.
 
