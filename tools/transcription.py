@@ -8,9 +8,14 @@ from functools import cache
 from math import erf, exp, log, sqrt
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from nlm.config import ModelConfig
+from nlm.build import design
+from nlm.config import Config, ModelConfig
+from nlm.init import init
+from nlm.norms.batch import BatchStatistics
+from nlm.weight_norms import Singular
 
 Array = NDArray[np.float64]
 
@@ -391,3 +396,26 @@ class Transcription:
 
     def rms(self, at: str, x: Array) -> Array:
         return x / np.sqrt(mean_square(x) + self.model.norm_eps) * self.p[f"{at}.weight"]
+
+
+def difference(config: Config) -> float:
+    """Largest difference in logits, relative to their spread, of a model whose parameters have all been moved."""
+    model = init(design(config).double().to_empty(device="cpu"), config.train.seed)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * (parameter.abs().mean() + 0.1) * torch.randn(parameter.shape, generator=generator)
+        for module in model.modules():
+            if isinstance(norm := getattr(module, "weight_norm", None), Singular):
+                left, _, right = torch.linalg.svd(module.weight)
+                norm.u.copy_(left[:, 0])
+                norm.v.copy_(right[0])
+            if isinstance(module, BatchStatistics):  # as after some steps
+                for name in module.state:
+                    getattr(module, name).uniform_(0.5, 2.0, generator=generator)
+    model.eval()
+    parameters = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    tokens = torch.randint(config.model.vocab_size, (2, config.train.seq_len), generator=generator)
+    ours = model(tokens).detach().numpy()
+    theirs = Transcription(parameters, config.model, seq_len=config.train.seq_len).logits(tokens.numpy())
+    return float(np.abs(ours - theirs).max() / theirs.std())
