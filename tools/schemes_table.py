@@ -70,7 +70,7 @@ def compiled(model: Model, folder: Path) -> str:
     return f"{compiled_difference(config(model | {'n_layers': 2}, folder)):.0e}"
 
 
-def compiled_difference(config: Config) -> float:
+def compiled_difference(config: Config, backend: str = "inductor") -> float:
     torch.compiler.reset()
     model = build_model(config).double()
     parameters = list(model.parameters())
@@ -85,7 +85,7 @@ def compiled_difference(config: Config) -> float:
         return list(torch.autograd.grad(loss, parameters))
 
     eager = gradients()
-    compile_model(model)
+    compile_model(model, backend)
     pairs = zip(eager, gradients(), strict=True)
     return max(float((a - b).norm() / (a.norm() + 1e-5)) for a, b in pairs)
 
