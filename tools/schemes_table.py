@@ -168,11 +168,15 @@ class Start:
     rms: np.ndarray
 
     @classmethod
-    def of(cls, scheme: str, folder: Path, n_layers: int = DEPTH) -> "Start":
+    def of(cls, scheme: str, folder: Path, n_layers: int = DEPTH, **keys: Any) -> "Start":
         shape = {"vocab_size": 257, "dim": 64, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 256, "activation": "gelu"}
-        model = combination(scheme)[1] | shape | {"position": "learned", "n_layers": n_layers}
+        model = combination(scheme)[1] | shape | {"position": "learned", "n_layers": n_layers} | keys
         own = config(model, folder, train={"seq_len": 64, "batch_tokens": 128})
         built = build_model(own)
+        with torch.no_grad():
+            for name, parameter in built.named_parameters():
+                if name.endswith("skip_gain"):  # nf's branches as they are to be, which start at 0
+                    parameter.fill_(1.0)
         built.signals = []
         built(RankData(own, Mesh()).rows(1).inputs)
         return cls(scheme, built, built.signals[0].double().numpy())
@@ -223,7 +227,11 @@ AT_START: dict[str, Callable[[Start, Path], Claim]] = {
     "rezero": lambda s, _: ("RMS after the last layer over before the first", 1.0, s.kept()),
     "fixup": lambda s, _: ("RMS after the last layer over before the first", 1.0, s.kept()),
     "t_fixup": lambda s, _: ("std of V over Q: 0.67 L^-¼", 0.67 * DEPTH**-0.25, s.std("attn.wv") / s.std("attn.wq")),
-    "nf": lambda s, _: ("variance after the last layer: 1 + 2L α²", 1 + 2 * DEPTH * 0.2**2, s.variance),
+    "nf": lambda s, folder: (
+        "variance after the last layer, branches on: 1 + 2L α²",
+        1 + 2 * DEPTH * 0.2**2,
+        Start.of(s.scheme, folder, position="rope").variance,
+    ),
     "norm_free": lambda s, _: ("std of O and all others", 0.02, s.std("attn.wo")),
     "brainformer": lambda s, _: (
         "share of attention among sublayers",
