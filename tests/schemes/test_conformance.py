@@ -25,7 +25,7 @@ MakeConfig = Callable[..., Config]
 
 
 PLAIN = {name: model for name, model in COMBINATIONS.items() if name not in MIXED}
-"""Every entry in plain company. What mixes them is tried where it is more likely to matter: compiled, resumed, divided."""
+"""Every entry in plain company; the mixed models are compiled, resumed and divided."""
 
 
 @pytest.fixture(params=PLAIN.values(), ids=PLAIN.keys())
