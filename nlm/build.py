@@ -41,7 +41,7 @@ from nlm.schemes import SCHEMES
 from nlm.schemes.base import Learned, Scheme, Slot, Slots, scaled
 from nlm.schemes.inits import INITS, LSUV
 from nlm.scores import SCORES
-from nlm.weight_norms import WEIGHT_NORMS, MakeWeightNorm
+from nlm.weight_norms import WEIGHT_NORMS, MakeWeightNorm, NormLoss, SpectralRegularization
 
 CALIBRATION_ROWS = 8
 """Of random tokens, as long as the context of training."""
@@ -68,7 +68,7 @@ def parse_config(table: Table) -> Config:
     problems += _bad_choices(model) if isinstance(model, dict) else []
     problems += _bad_optimizer(table.get("optim"))
     if config is not None and not problems:
-        problems += [*_overruled(config.model), *_leaks(config)]
+        problems += [*_overruled(config.model), *_leaks(config), *_not_replaceable(config)]
     if problems or config is None:
         raise ConfigError(problems)
     return config
@@ -199,6 +199,34 @@ def _leaks(config: Config) -> Iterable[str]:
         yield (
             f"parallel.microbatches: as published, {name!r} takes statistics of a whole batch, of which a microbatch "
             f"is not one; set parallel.microbatches = 1, for which lower train.batch_tokens or add data parallel ranks"
+        )
+
+
+def _not_replaceable(config: Config) -> Iterable[str]:
+    """Hidden units where the zeros of a new one would not stay zeros, nor its weights what they are."""
+    model, key = config.model, "optim.continual_backprop"
+    if config.optim.continual_backprop is None:
+        return
+    scheme, site = SCHEMES[model.scheme.name](**model.scheme.fields), Site(0, model.n_layers, "ffn", model.dim)
+    up, down = (model.ffn_dim, model.dim), (model.dim, model.ffn_dim)
+    shapes = {"up": up} | ({"gate": up} if model.gated else {}) | {"down": down}
+    weights = {role: Weight(Role(role), shape, site, model.n_layers) for role, shape in shapes.items()}
+    if scheme.unit_axis(weights["down"]) == 0:
+        yield (
+            f"{key}: the scheme keeps every hidden unit's column of 'down' at norm 1, and a new unit's is 0, which has "
+            f"no direction; remove {key}, or choose another scheme"
+        )
+    if own := [role for role, weight in weights.items() if scheme.weight_norm(weight)]:
+        yield (
+            f"{key}: the scheme has a norm of its own of {', '.join(own)}, which would make something else of a new "
+            f"unit's weights; remove {key}, or choose another scheme"
+        )
+    norm = model.weight_norm
+    changes = norm and not issubclass(WEIGHT_NORMS[norm.name], NormLoss | SpectralRegularization)
+    if norm and changes and (roles := [role for role in norm.roles if role in weights]):
+        yield (
+            f"model.weight_norm.roles: {norm.name!r} of {', '.join(roles)} would make something else of the weights of "
+            f"a new unit of {key}; leave them out, or choose norm_loss or spectral_regularization"
         )
 
 

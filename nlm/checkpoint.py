@@ -236,7 +236,8 @@ def refuse_changed_model(path: Path, config: Config) -> None:
     """Errors: ConfigError naming every key that would make another model, or other data, of the checkpoint's run."""
     saved, now = checkpoint_config(path).model_dump(), config.model_dump()
     kept = [f"model.{key}" for key in saved["model"] | now["model"]]
-    kept += ["optim.name", "train.seq_len", "train.batch_tokens", "train.seed", "data.train", "data.document_mask"]
+    kept += ["optim.name", "optim.continual_backprop"]
+    kept += ["train.seq_len", "train.batch_tokens", "train.seed", "data.train", "data.document_mask"]
     problems = []
     for key in kept:
         section, _, name = key.partition(".")

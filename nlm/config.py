@@ -169,13 +169,22 @@ class TrainConfig(Section):
     masked_share: float = Field(default=0.15, gt=0, le=1)
 
 
+class ContinualBackpropConfig(Section):
+    """At each update the share `replacement_rate` of the hidden units that are older than `maturity` updates is
+    replaced, those whose utility, an average that keeps `decay` of itself, is lowest."""
+
+    replacement_rate: float = Field(default=1e-4, gt=0, lt=1)
+    maturity: NonNegativeInt = 100
+    decay: Fraction = 0.99
+
+
 class OptimConfig(Choice):
     """The optimizer `name`, what is done to the gradients before it, and the schedule: linear warmup to `lr`, then
     `schedule` down to `final_lr_frac` · lr. The other keys are the optimizer's own, such as `betas`.
 
     `clip` is the largest global gradient norm, `agc` the largest norm of a row's gradient over that of the row, 0 for
     none; `centralize` takes the mean out of each row. `decay_frac` is the share of all steps in which "wsd" (warmup,
-    stable, decay) decays.
+    stable, decay) decays. With a table `continual_backprop`, hidden units that are of little use are replaced.
     """
 
     name: str = "adamw"
@@ -184,6 +193,7 @@ class OptimConfig(Choice):
     clip: NonNegativeFloat = 1.0
     agc: NonNegativeFloat = 0.0
     centralize: bool = False
+    continual_backprop: ContinualBackpropConfig | None = None
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     decay_frac: float = Field(default=0.2, gt=0, le=1)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import lru_cache
-from hashlib import blake2b
 from types import MappingProxyType
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from nlm.anatomy import Weight
 from nlm.model import Transformer, held
+from nlm.random import hashed
 from nlm.weight_norms import WeightNorm
 
 
@@ -58,8 +58,7 @@ def to_unit(matrix: Tensor, axis: int, left_out: Tensor | None = None) -> None:
 
 
 def _drawn(name: str, weight: Weight, model: Transformer, seed: int) -> Tensor:
-    digest = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    generator = torch.Generator().manual_seed(hashed(f"{seed}:{name}"))
     matrix = model.scheme.matrix(torch.randn(weight.shape, generator=generator), weight)
     if (axis := model.scheme.unit_axis(weight)) is not None:
         to_unit(matrix, axis)

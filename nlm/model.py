@@ -178,7 +178,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """[B S D] -> [B S D]: down(act(up x)), or down(act(gate x) · up x) for the gated activations.
 
-    The hidden units are divided among the tensor parallel ranks.
+    The hidden units are divided among the tensor parallel ranks. `observe`, unless None, sees what they give [B S F].
     """
 
     inside = True
@@ -192,6 +192,7 @@ class FeedForward(nn.Module):
         self.w_up = design.linear(Role.UP, dim, hidden, config.bias, site)
         self.w_down = design.linear(Role.DOWN, hidden, dim, config.bias, site)
         self.slots = design.slot_dict(site, *(["gate"] if config.gated else []), "up", "hidden")
+        self.observe: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tp.enter(x)
@@ -200,7 +201,10 @@ class FeedForward(nn.Module):
             hidden = self.activation(hidden)
         else:
             hidden = self.activation(self.slots["gate"](self.w_gate(x))) * hidden
-        return self.w_down(self.slots["hidden"](hidden))
+        hidden = self.slots["hidden"](hidden)
+        if self.observe is not None:
+            self.observe(hidden)
+        return self.w_down(hidden)
 
 
 class Block(nn.Module):

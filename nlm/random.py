@@ -1,9 +1,17 @@
 """Random numbers that depend on what they are for, not on who draws them: the same in every layout, and once more in
 recomputation."""
 
+from hashlib import blake2b
+
+import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
+
+
+def hashed(text: str) -> int:
+    """A number in [0, 2⁶⁴)."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def mixed(x: Tensor) -> Tensor:
@@ -20,3 +28,8 @@ def mixed(x: Tensor) -> Tensor:
 def uniform(keys: Tensor, number: Tensor) -> Tensor:
     """Keys and numbers, broadcast -> float64 in [0, 1), others for every number."""
     return mixed(keys + mixed(number)).double() / (WORD + 1)
+
+
+def normal(keys: Tensor, number: Tensor) -> Tensor:
+    """Likewise -> float64, standard normal numbers."""
+    return torch.special.ndtri(uniform(keys, number) + 0.5 / (WORD + 1))

@@ -189,6 +189,13 @@ VARIANT_ROWS = {
         variant("orthogonal", ["fsdp2xtp2xpp2"], {"init": "orthogonal"}),
         variant("LSUV", ["tp2xpp2", "fsdp2xtp2xpp2", "zero1xtp2"], {"init": "lsuv"}),
         variant("µP", ["fsdp2xtp2xpp2", "zero1xtp2"], {"init": {"name": "mup", "base_dim": 16}}),
+        variant(
+            "continual backprop",
+            ["hsdp2x2", "tp2+sp", "pp2-zbv", "fsdp2xtp2xpp2", "zero1", "zero3", "zero2xtp2+sp"],
+            {"bias": True},
+            everywhere={"recompute": "block"},
+            optim={"eps": EPS, "continual_backprop": {"replacement_rate": 0.05, "maturity": 1}},
+        ),
         variant("sparse softmax", ["tp2+sp", "fsdp2xtp2xpp2"], {}, train={"sparse_softmax_k": 5}),
         variant("one block a unit", ["fsdp2", "fsdp2xtp2"], {}, parallel={"blocks_per_unit": 1}),
         variant(

@@ -6,6 +6,7 @@ from nlm.optim.adamp import SGDP, AdamP
 from nlm.optim.adamw import AdamW, adamw
 from nlm.optim.base import Optimizer
 from nlm.optim.clip import clip_gradients
+from nlm.optim.continual import ContinualBackprop
 from nlm.optim.lars import LAMB, LARS
 from nlm.optim.lawn import LAWN
 from nlm.optim.lion import Lion
@@ -19,6 +20,7 @@ from nlm.parallel.pieces import Pieces
 
 __all__ = [
     "OPTIMIZERS",
+    "ContinualBackprop",
     "RunningStatistics",
     "WeightNormUpdate",
     "adamw",

@@ -22,8 +22,10 @@ class Optimizer(ABC):
     """Updates the pieces by their gradients, whose memory it uses up.
 
     `state` has a tensor of the piece's own shape for each name; `shared`, under NAME.field, what is of whole parameters
-    and the same on every rank. Both are saved.
+    and the same on every rank. Both are saved. State begins at zero, but for the `copies` of the weights.
     """
+
+    copies: tuple[str, ...] = ()
 
     def __init__(self, pieces: Pieces, config: OptimConfig) -> None:
         self.pieces, self.weights = pieces, pieces.tensors

@@ -25,6 +25,8 @@ class Ranger21(Descent):
     arXiv:1907.08610): after every k-th update w ← slow ← slow + α (w − slow).
     """
 
+    copies = ("slow",)
+
     def __init__(
         self,
         pieces: Pieces,

@@ -13,7 +13,14 @@ from nlm.batch import Batch
 from nlm.config import Config
 from nlm.mesh import Mesh
 from nlm.model import Transformer, held
-from nlm.optim import RunningStatistics, WeightNormUpdate, clip_gradients, make_optimizer, projection
+from nlm.optim import (
+    ContinualBackprop,
+    RunningStatistics,
+    WeightNormUpdate,
+    clip_gradients,
+    make_optimizer,
+    projection,
+)
 from nlm.parallel.pieces import Pieces
 
 
@@ -31,6 +38,8 @@ class Engine(ABC):
     ) -> None:
         self.config, self.mesh, self.models, self.pieces = config, mesh, models, pieces
         self.optimizer = make_optimizer(pieces, config.optim)
+        continual = config.optim.continual_backprop
+        self._continual = continual and ContinualBackprop(continual, self.optimizer, models, whole, config.train.seed)
         self._project = projection(pieces)
         self._weight_norms = WeightNormUpdate(pieces, models)
         self._running = RunningStatistics(pieces, models, whole, config.train.batch_tokens)
@@ -42,6 +51,8 @@ class Engine(ABC):
         """This rank's rows of a batch -> [], its share of the mean loss; the gradients are in place after."""
         self.scale = self.mesh.data_size / self.count(rows)
         self._running.begin()
+        if self._continual:
+            self._continual.begin()
         return self.share(self.train(rows))
 
     @abstractmethod
@@ -56,6 +67,8 @@ class Engine(ABC):
         """One optimizer step at the learning rate `lr`, of nothing where `left_out` [] is true; after it the gradients
         are gone."""
         self.optimizer.step(lr, left_out)
+        if self._continual:
+            self._continual.update(self.optimizer.updates, left_out)
         self._project(left_out)
         self._weight_norms(lr, left_out)
         self._running.update(self.optimizer.updates, left_out)
@@ -63,7 +76,8 @@ class Engine(ABC):
     @property
     def shared(self) -> dict[str, Tensor]:
         """By name, the state that every rank has as a whole."""
-        return self.optimizer.shared | self._weight_norms.shared | self._running.shared
+        continual = self._continual.shared if self._continual else {}
+        return self.optimizer.shared | continual | self._weight_norms.shared | self._running.shared
 
     def goes_on(self) -> None:
         """After parameters and state have been read."""

@@ -92,7 +92,8 @@ class TensorParallel(Ranks):
             mine = F.pad(largest, (0, width - largest.shape[1]), value=-torch.inf)
             slots = [mine if rank == self.rank else torch.zeros_like(mine) for rank in range(self.size)]
             largest = _Leave.apply(torch.cat(slots, 1), self.group).topk(min(k, vocab.full), dim=1).values
-        return (largest.logsumexp(1) - target).where(counted, 0).sum()
+        top = largest[:, 0].detach()  # taken off first: of large logits, what rounding leaves of the loss is little
+        return ((largest - top[:, None]).logsumexp(1) - (target - top)).where(counted, 0).sum()
 
 
 def reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:

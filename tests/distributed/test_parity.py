@@ -55,6 +55,8 @@ def chosen() -> Iterator[tuple[Row, str]]:
         ("document mask", "pp2-zbv"),
         ("document mask", "zero1"),
         ("sparse softmax", "tp2+sp"),
+        ("continual backprop", "fsdp2xtp2xpp2"),
+        ("continual backprop", "zero1"),
         ("LSUV", "tp2xpp2"),
     ):
         yield VARIANT_ROWS[name], layout
