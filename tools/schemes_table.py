@@ -1,7 +1,7 @@
 """What was measured of every scheme, norm, score, weight norm and init: `python tools/schemes_table.py`.
 
-Takes most of an hour of two cores; `--only PART …` measures some parts anew. What is found goes to docs/schemes.json,
-from which, and from docs/claims.json, docs/schemes.md is written. Nothing in either is written by hand.
+Takes an hour of one core. What is found goes to docs/schemes.json, from which, and from docs/claims.json, docs/schemes.md is
+written; nothing in either is written by hand. What is there is not measured again, but for `--again PART …`.
 """
 
 import argparse
@@ -133,27 +133,20 @@ def thousand(model: Model, folder: Path) -> str:
     return f"{losses[0]:.2f} → {losses[-1]:.2f}" if finite else "not finite"
 
 
-PER_MODEL = {"compile": compiled, "bf16": bf16, "resume": resume}
+ROWS = MIXED_ROWS | ENCODER_ROWS
+ROWS |= {name: Row(name, MODEL | {"n_layers": 4} | model, (), limit=1e-7) for name, model in INIT_MODELS.items()}
 
 
-def in_layouts(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Layout, model, the largest relative difference of five steps to one process, in float64, or why it is refused."""
-    rows = MIXED_ROWS | ENCODER_ROWS
-    rows |= {name: Row(name, MODEL | {"n_layers": 4} | model, (), limit=1e-7) for name, model in INIT_MODELS.items()}
-    for name, row in rows.items():
-        tried = []
-        for part, layout in LAYOUTS.items():
-            microbatches = 1 if name in ENCODERS and part != "PP" else 4
-            tried.append(replace(row, layouts=(layout,), everywhere={"microbatches": microbatches}, precision="fp64"))
-            try:
-                tried[-1].config(folder, layout)
-            except ConfigError as error:
-                yield part, name, f"refused: {error.problems[0].partition('; ')[0].partition(': ')[2]}"
-                tried.pop()
-        for found in prove(tried):
-            if found.layout != "one":
-                part = next(part for part, layout in LAYOUTS.items() if layout == found.layout)
-                yield part, name, found.text.split()[0] if found.good else found.text
+def in_layout(name: str, part: str, folder: Path) -> str:
+    """The largest relative difference of five steps to one process, in float64, or why it is refused."""
+    layout, microbatches = LAYOUTS[part], 1 if name in ENCODERS and part != "PP" else 4
+    row = replace(ROWS[name], layouts=(layout,), everywhere={"microbatches": microbatches}, precision="fp64")
+    try:
+        row.config(folder, layout)
+    except ConfigError as error:
+        return f"refused: {error.problems[0].partition('; ')[0].partition(': ')[2]}"
+    *_, found = prove([row])
+    return found.text.split()[0] if found.good else found.text
 
 
 # What the schemes say of their initialization, at 64 layers.
@@ -252,22 +245,18 @@ def at_start(scheme: str, folder: Path) -> str:
 
 # The table.
 
-PARTS = ("equation", "start", "1,000 layers", *LAYOUTS, *PER_MODEL)
-
-
-def measured(parts: Iterable[str], folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Part, model or scheme, number."""
-    for part in parts:
-        if part == "equation":
-            yield from ((part, name, equation(model, folder)) for name, model in COMBINATIONS.items())
-        elif part == "start":
-            yield from ((part, scheme, at_start(scheme, folder)) for scheme in SCHEMES)
-        elif part == "1,000 layers":
-            yield from ((part, scheme, thousand(combination(scheme)[1], folder)) for scheme in SCHEMES)
-        elif part in PER_MODEL:
-            yield from ((part, name, PER_MODEL[part](model, folder)) for name, model in MODELS.items())
-    if set(parts) & set(LAYOUTS):
-        yield from in_layouts(folder)
+PARTS: dict[str, tuple[Iterable[str], Callable[[str, Path], str]]] = {
+    "equation": (COMBINATIONS, lambda name, folder: equation(COMBINATIONS[name], folder)),
+    "start": (SCHEMES, at_start),
+    "1,000 layers": (SCHEMES, lambda name, folder: thousand(combination(name)[1], folder)),
+    "TP": (MODELS, lambda name, folder: in_layout(name, "TP", folder)),
+    "PP": (MODELS, lambda name, folder: in_layout(name, "PP", folder)),
+    "FSDP": (MODELS, lambda name, folder: in_layout(name, "FSDP", folder)),
+    "compile": (MODELS, lambda name, folder: compiled(MODELS[name], folder)),
+    "bf16": (MODELS, lambda name, folder: bf16(MODELS[name], folder)),
+    "resume": (MODELS, lambda name, folder: resume(MODELS[name], folder)),
+}
+"""Of what, and how."""
 
 
 def models_of(registry: str, entry: str) -> list[str]:
@@ -349,18 +338,21 @@ def document(found: dict[str, dict[str, str]], checked: list[dict[str, Any]]) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=PARTS, metavar="PART", help=", ".join(PARTS))
-    only = parser.parse_args().only
+    parser.add_argument("--again", nargs="+", default=[], choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    again = parser.parse_args().again
     torch.set_num_threads(1)
     path = DOCS / "schemes.json"
     found: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     with TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        write_tokens(folder)
-        for part, name, number in measured(PARTS if only is None else only, folder):
-            print(f"{part}, {name}: {number}", file=sys.stderr, flush=True)
-            found.setdefault(part, {})[name] = number
-            path.write_text(json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        write_tokens(Path(scratch))
+        for part, (names, measure) in PARTS.items():
+            cells = found.setdefault(part, {})
+            for name in names:
+                if part in again or name not in cells:
+                    cells[name] = measure(name, Path(scratch))
+                    print(f"{part}, {name}: {cells[name]}", file=sys.stderr, flush=True)
+                    text = json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True)
+                    path.write_text(text + "\n", encoding="utf-8")
     checked = json.loads((DOCS / "claims.json").read_text(encoding="utf-8"))
     (DOCS / "schemes.md").write_text("\n".join(document(found, checked)).rstrip() + "\n", encoding="utf-8")
     return 0

@@ -216,7 +216,7 @@ def test_init_depends_on_seed_and_name_only(scheme: str, make_config: MakeConfig
 
 
 SLOW = {name for i, name in enumerate(MIXED) if i % 5 == 0} | {"encoder-sub_ln-unified-softmax"}
-"""Inductor's C++ compiler takes half a minute a model; `tools/schemes_table.py --only compile` has them all."""
+"""Inductor's C++ compiler takes half a minute a model; `tools/schemes_table.py --again compile` has them all."""
 
 
 @pytest.mark.parametrize(
