@@ -1,7 +1,8 @@
 """What was measured of every scheme, norm, score, weight norm and init: `python tools/schemes_table.py`.
 
-Takes an hour of one core. What is found goes to docs/schemes.json, from which, and from docs/claims.json, docs/schemes.md is
-written; nothing in either is written by hand. What is there is not measured again, but for `--again PART …`.
+Takes an hour of one core. What is found goes to docs/schemes.json, from which, and from docs/claims.json,
+docs/schemes.md is written; nothing in either is written by hand. What is there is not measured again, but for
+`--again PART …`.
 """
 
 import argparse
