@@ -188,3 +188,9 @@ def unigram_entropy() -> float:
     shares = (counts / counts.sum()).numpy()
     shares = shares[shares > 0]
     return float(-(shares * np.log(shares)).sum())
+
+
+def encoders(norm: str | dict[str, Any]) -> list[float]:
+    """Validation loss of the masked bytes after training an encoder with a norm, once a seed."""
+    model = {"architecture": "encoder", "vocab_size": VOCABULARY + 1, "n_layers": 6, "norm": norm}
+    return losses("pre_ln", model, train={"batch_tokens": 1024, "masked_share": 0.3})
