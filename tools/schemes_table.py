@@ -239,6 +239,8 @@ NEAR = 0.25
 
 def at_start(scheme: str, folder: Path) -> str:
     """What the scheme says of its initialization at 64 layers: expected, measured."""
+    if scheme not in AT_START:
+        return "none stated"
     claim, expected, measured = AT_START[scheme](Start.of(scheme, folder), folder)
     holds = abs(measured - expected) <= NEAR * abs(expected)
     return f"{claim}: {expected:.3g}, measured {measured:.3g}" + ("" if holds else ": **not so**")
