@@ -187,6 +187,8 @@ def test_everything_that_has_a_name_can_be_probed(run_config: RunConfig, table: 
     choice = {"scheme": {"name": name}} if table is SCHEMES else {"norm": name}
     if table is SCORES:
         choice = {"attention": {"score": name}}
+    if name == "batchnorm":
+        choice |= {"architecture": "encoder"}
     shape = {"dim": 96, "n_heads": 12, "n_kv_heads": 4, "ffn_dim": 240, "activation": "swiglu", "n_layers": 4}
     config = run_config("run", shape | choice, data={"document_mask": True})
     seen = probe(config, width=32)
