@@ -18,7 +18,7 @@ def test_a_thousand_layers_stay_finite(scheme: str, run_config: RunConfig) -> No
     model = {"scheme": {"name": scheme}, "n_layers": 1000, "dim": 16, "n_heads": 2, "ffn_dim": 16}
     config, mesh = run_config("deep", model, train={"batch_tokens": 64}), Mesh()
     engine, data = build_engine(config, mesh), RankData(config, mesh)
-    for step in (1, 2, 3):
+    for step in (1, 2):
         engine.record(True)
         assert engine.forward_backward(data.rows(step)).isfinite()
         _, norms = engine.clip()
