@@ -88,10 +88,11 @@ class QuadraticMean(BatchStatistics):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.entering(x)
-        m = self.mean_square(x)
-        self.observe(x, m)
-        if self.published and self.training:
-            return self.published_form(x, m)
+        if self.training:
+            m = self.mean_square(x)
+            self.observe(x, m)
+            if self.published:
+                return self.published_form(x, m)
         return self.scaled(x * (self.settled() + self.eps).rsqrt())
 
     @abstractmethod

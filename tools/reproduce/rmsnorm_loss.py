@@ -1,15 +1,11 @@
 """RMSNorm is as good as LayerNorm."""
 
 from tools.reproduce.claim import Check, Claim
-from tools.reproduce.setting import as_good, losses
-
-
-def trained(norm: str) -> list[float]:
-    return losses("pre_ln", {"n_layers": 6, "norm": norm})
+from tools.reproduce.setting import as_good, decoders
 
 
 def measure() -> list[Check]:
-    return [as_good("RMSNorm", trained("rmsnorm"), "LayerNorm", trained("layernorm"))]
+    return [as_good("RMSNorm", decoders(norm="rmsnorm"), "LayerNorm", decoders(norm="layernorm"))]
 
 
 CLAIM = Claim(

@@ -190,6 +190,11 @@ def unigram_entropy() -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+def decoders(**model: Any) -> list[float]:
+    """Validation loss after training Pre-LN models of six layers with these keys of [model], once a seed."""
+    return losses("pre_ln", {"n_layers": 6} | model)
+
+
 def encoders(norm: str | dict[str, Any]) -> list[float]:
     """Validation loss of the masked bytes after training an encoder with a norm, once a seed."""
     model = {"architecture": "encoder", "vocab_size": VOCABULARY + 1, "n_layers": 6, "norm": norm}
