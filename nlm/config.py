@@ -337,10 +337,19 @@ class FaultsConfig(Section):
 
 
 class StatisticsConfig(Section):
-    """Per-layer statistics on every logged step; their heat maps go to TensorBoard every `images_every` steps."""
+    """Per-layer statistics on every logged step; their heat maps go to TensorBoard every `images_every` steps.
+
+    `queries`: of each sequence, so many queries, evenly spread, show the entropy and largest logit of attention.
+    """
 
     enabled: bool = True
     images_every: PositiveInt = 100
+    queries: PositiveInt = 16
+
+
+def _enabled(value: Any) -> Any:
+    """`statistics = false` turns them off, and leaves the other keys as they are."""
+    return {"enabled": value} if isinstance(value, bool) else value
 
 
 class LogConfig(Section):
@@ -367,7 +376,7 @@ class Config(Section):
     data: DataConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
-    statistics: StatisticsConfig = StatisticsConfig()
+    statistics: Annotated[StatisticsConfig, BeforeValidator(_enabled)] = StatisticsConfig()
     log: LogConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 

@@ -60,6 +60,12 @@ class Mesh:
             dist.all_reduce(x)
         return x
 
+    def max(self, x: Tensor) -> Tensor:
+        """In place: the largest over all ranks of the mesh."""
+        if self.device_mesh is not None:
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
+
     def told(self, value: T) -> T:
         """What the rank that speaks has."""
         if self.device_mesh is None:

@@ -13,13 +13,14 @@ from torch.distributed.tensor import DTensor
 from nlm.activations import ACTIVATIONS, soft_cap
 from nlm.anatomy import MATRICES, SLOTS, WRITES, Axis, Kind, Role, Site, Span, Weight
 from nlm.config import ModelConfig
-from nlm.norms import NormSite
+from nlm.norms import NormSite, precise
 from nlm.parallel.tensor import Ranks, TensorParallel
 from nlm.positions import Rotary, rotate, sinusoidal
 from nlm.runtime import autocast
 from nlm.schemes.base import Norm, Scheme, Slot, Slots
-from nlm.schemes.module import MakeNorm, ResidualModule, SlotModule, flat, l2_norm
-from nlm.scores import Heads, Score, document_mask
+from nlm.schemes.module import MakeNorm, ResidualModule, SlotModule, flat
+from nlm.scores import Heads, Score, document_mask, keys_seen, uniform_entropy
+from nlm.signals import INSIDE, Signals, Watch
 from nlm.weight_norms import MakeWeightNorm, WeightNorm
 
 
@@ -164,14 +165,17 @@ class Attention(nn.Module):
         self.score = design.score()
         self.slots = design.slot_dict(site, "q", "k", "heads")
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, watch: Watch | None = None
+    ) -> Tensor:
+        """It shows signals.INSIDE."""
         x = self.tp.enter(x)
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B S H Dh]
 
         def place(slot: nn.Module, x: Tensor) -> Tensor:
             return slot(x if rotary is None else rotate(x, *rotary, self.interleaved))  # type: ignore[no-any-return]
 
-        out = self.score(q, k, v, mask, partial(place, self.slots["q"]), partial(place, self.slots["k"]))
+        out = self.score(q, k, v, mask, partial(place, self.slots["q"]), partial(place, self.slots["k"]), watch)
         return self.wo(self.slots["heads"](out.flatten(2)))  # [B S H Dh] -> [B S H·Dh]
 
 
@@ -194,7 +198,8 @@ class FeedForward(nn.Module):
         self.slots = design.slot_dict(site, *(["gate"] if config.gated else []), "up", "hidden")
         self.observe: nn.Module | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, watch: Watch | None = None) -> Tensor:
+        """It shows the activity Σ |a| of its hidden units [F/n], and nothing for signals.INSIDE."""
         x = self.tp.enter(x)
         hidden = self.slots["up"](self.w_up(x))
         if self.w_gate is None:
@@ -204,6 +209,9 @@ class FeedForward(nn.Module):
         hidden = self.slots["hidden"](hidden)
         if self.observe is not None:
             self.observe(hidden)
+        if watch is not None:
+            activity = torch.linalg.vector_norm(precise(hidden.detach()), 1, (0, 1))
+            watch.seen.extend((activity, *[activity.new_zeros(())] * len(INSIDE)))
         return self.w_down(hidden)
 
 
@@ -232,15 +240,17 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         keys: Tensor | None,
-        record: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """x [B S D] -> x [B S D] and, to record, norms [4]: of the branch and of the stream out of each sublayer."""
-        norms: list[Tensor] | None = [] if record else None
+        visible: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """x [B S D] -> x [B S D] and, with the keys that are `visible` to the watched queries, what sublayers show."""
+        watch = None if visible is None else Watch(visible, [])
         for name in self.names:
             sublayer = getattr(self, name)
-            branch = partial(sublayer, rotary=rotary, mask=mask) if isinstance(sublayer, Attention) else sublayer
-            x = getattr(self, f"{name}_residual")(x, branch, norms, keys)
-        return x, None if norms is None else torch.stack(norms)
+            branch = partial(sublayer, watch=watch)
+            if isinstance(sublayer, Attention):
+                branch = partial(branch, rotary=rotary, mask=mask)
+            x = getattr(self, f"{name}_residual")(x, branch, watch, keys)
+        return x, None if watch is None else watch.seen
 
 
 class CrossEntropy(nn.Module):
@@ -338,9 +348,9 @@ class Transformer(nn.Module):
         if self.logits is not None:
             self.logits.inside = True  # type: ignore[assignment]
         self.cross_entropy = CrossEntropy(spans["vocab"], tp)
-        self.call_block: Callable[..., tuple[Tensor, Tensor | None]] = lambda block, *args: block(*args)
+        self.call_block: Callable[..., tuple[Tensor, list[Tensor] | None]] = lambda block, *args: block(*args)
         # An attribute, not an argument: what wraps a model copies its arguments, lists among them.
-        self.signals: list[Tensor] | None = None
+        self.signals: Signals | None = None
         self.precision = "fp32"
 
     def weight_norm_of(self, weight: Weight) -> WeightNorm | None:
@@ -363,8 +373,7 @@ class Transformer(nn.Module):
         With `segments`, the document of each position [B S], none attends to another document. With `keys` [B], random
         numbers of the samples, samples skip sublayers (stochastic depth).
         A part without the first layers takes the stream [B S D] instead, one without the last gives the stream.
-        `signals`, unless None, receives the RMS [L 2 3] of the stream in, the branch and the stream out of each
-        sublayer.
+        `signals`, unless None, collects what the layers show.
         """
         with autocast(self.precision, x.device):
             return self._forward(x, targets, segments, keys)
@@ -379,16 +388,16 @@ class Transformer(nn.Module):
         if segments is None and self.config.is_encoder:
             segments = torch.zeros(1, seq_len, dtype=torch.int64, device=x.device)
         mask = None if segments is None else document_mask(segments, causal=not self.config.is_encoder)
-        record = self.signals is not None
-        norms = [l2_norm(x)[None]] if record else []
-        for block in self.blocks.values():
-            x, recorded = self.call_block(block, x, rotary, mask, keys, record)
-            if recorded is not None:
-                norms.append(recorded)
-        if self.signals is not None:
-            # What leaves a sublayer enters the next one.
-            signals = torch.cat(norms).unfold(0, 3, 2) if self.blocks else norms[0][:0]  # [2L 3]
-            self.signals.append(signals.reshape(-1, 2, 3) * x.numel() ** -0.5)
+        signals, visible, first, seen = self.signals, None, x, []
+        if signals is not None:
+            visible = keys_seen(mask, seq_len, signals.queries, x.device)
+        for layer, block in self.blocks.items():
+            x, shown = self.call_block(block, x, rotary, mask, keys, visible)
+            if signals is not None and shown is not None:
+                seen += shown
+                signals.follow(x, int(layer))
+        if signals is not None and visible is not None:
+            signals.add(first, seen, uniform_entropy(visible, len(x)))
         if not self.part.last:
             return x
         logits = self._logits(x)

@@ -78,7 +78,7 @@ def _train(config: Config, mesh: Mesh, stop: StopRequest, step_ended: Callable[[
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
     engine, guard = build_engine(config, mesh), Guard(config.faults, mesh.device)
-    statistics = LayerStatistics(engine.pieces, config.model.n_layers) if config.statistics.enabled else None
+    statistics = LayerStatistics(engine, config.statistics) if config.statistics.enabled else None
     faults = Faults(folder, writes=mesh.speaks)
     run = Run(folder, config, mesh, data, engine, guard, faults, statistics, stop, step_ended)
     with Checkpointer(folder, engine, data.corpus, guard) as checkpointer:
@@ -106,7 +106,8 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
         logs = due(step, steps, config.log.every) or step == 1 or evaluates or saves
         recording = run.statistics if logs else None
 
-        engine.record(recording is not None)
+        if recording:
+            recording.begin()
         rows = run.data.rows(batch := run.faults.batch(step))
         loss = engine.total(engine.forward_backward(rows))
         grad_norm, grad_norms = engine.clip()
@@ -120,8 +121,7 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
         run.step_ended()
         reason = run.stop.agreed()
         if logs:
-            vectors = recording.vectors(engine.signals(), grad_norms) if recording else None
-            engine.record(False)
+            vectors = recording.vectors(grad_norms) if recording else None
             scalars = {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr, **clock.read()}
             scalars["peak_memory_gib"] = peak_memory_gib(mesh.device)
             scalars |= passes(run.data.corpus, batch)
@@ -189,12 +189,11 @@ def _suspect(run: Run, step: int, rows: Batch) -> str:
     if run.statistics is None:
         return "with statistics.enabled = true it would say which layer went bad"
     engine = run.engine
-    engine.record(True)
+    run.statistics.begin()
     engine.forward_backward(rows)
     _, norms = engine.clip()
     run.statistics.before_update()
-    vectors = run.statistics.vectors(engine.signals(), norms)
-    engine.record(False)
+    vectors = run.statistics.vectors(norms)
     engine.update(0.0, left_out=torch.tensor(True, device=run.mesh.device))
     suspect = None
     if run.mesh.speaks:

@@ -119,20 +119,21 @@ def deep(n_layers: int, record: bool = False, **parallel: Any) -> Step:
     mesh = Mesh(settings.parallel, pick_device())
     engine = build_engine(settings, mesh)
     rows = batch(WIDTH["vocab_size"], 16, 64).chunk(mesh.data_size)[mesh.data_rank]
-    layer_statistics = LayerStatistics(engine.pieces, n_layers)
+    layer_statistics = LayerStatistics(engine, settings.statistics)
     contexts = ExitStack()
     scratch = Path(contexts.enter_context(tempfile.TemporaryDirectory()))
     writer = contexts.enter_context(LayerWriter(scratch, n_layers, 0))
 
     def step(i: int) -> None:
-        engine.record(record)
+        if record:
+            layer_statistics.begin()
         engine.forward_backward(Batch(rows))
         _, norms = engine.clip()
         if record:
             layer_statistics.before_update()
         engine.update(1e-4)
         if record:
-            writer.write(i, layer_statistics.vectors(engine.signals(), norms))
+            writer.write(i, layer_statistics.vectors(norms))
 
     return step
 

@@ -30,6 +30,7 @@ from nlm.mesh import Mesh
 from nlm.model import Transformer
 from nlm.parallel.compile import compile_model
 from nlm.schemes.inits import INITS
+from nlm.signals import Signals
 from nlm.train import train
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -171,9 +172,9 @@ class Start:
             for name, parameter in built.named_parameters():
                 if name.endswith("skip_gain"):  # nf's branches as they are to be, which start at 0
                     parameter.fill_(1.0)
-        built.signals = []
+        built.signals = Signals(queries=1)
         built(RankData(own, Mesh()).rows(1).inputs)
-        return cls(scheme, built, built.signals[0].double().numpy())
+        return cls(scheme, built, built.signals.rms().double().numpy())
 
     @property
     def variance(self) -> float:

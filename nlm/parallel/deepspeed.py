@@ -42,8 +42,8 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, config: Config, mesh: Mesh, model: Transformer) -> None:
         self.stage = config.parallel.zero or 0
-        self.whole = list(held(model))  # ZeRO-3 empties the parameters
-        for h in self.whole:
+        self.parameters = list(held(model))  # ZeRO-3 empties the parameters
+        for h in self.parameters:
             if h.is_partial(mesh.tp):  # completed as it comes, before it is reduced and cut
                 h.parameter.register_hook(mesh.tp.sum)
         self.engine = self._initialize(config, mesh, model)
@@ -54,7 +54,7 @@ class DeepSpeedEngine(Engine):
         for h, place in self._rectangles():
             pieces.append(h)
             self.places.append(place)
-        zero_pieces = ZeroPieces([model], mesh, {h.name: h.weight for h in self.whole}, pieces)
+        zero_pieces = ZeroPieces([model], mesh, {h.name: h.weight for h in self.parameters}, pieces)
         zero_pieces.engine = self
         super().__init__(config, mesh, [model], zero_pieces, model)
 
@@ -64,7 +64,7 @@ class DeepSpeedEngine(Engine):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # gathered whole, not matrix by matrix
-        elements = sum(h.tensor.numel() for h in self.whole)
+        elements = sum(h.tensor.numel() for h in self.parameters)
         options = settings(self.stage, config.parallel.offload, elements)
         mpu = Groups(mesh, "dp_shard" if self.stage else "dp_replicate") if mesh.tp.size > 1 else None
         return deepspeed.initialize(
@@ -98,7 +98,7 @@ class DeepSpeedEngine(Engine):
         """The flat master weights of each group; at stage 0 the parameters themselves."""
         match self.stage:
             case 0:
-                return [h.parameter for h in self.whole]
+                return [h.parameter for h in self.parameters]
             case 1 | 2:
                 return self.zero.single_partition_of_fp32_groups  # type: ignore[no-any-return]
             case _:
@@ -109,10 +109,10 @@ class DeepSpeedEngine(Engine):
 
         That is the buffer, their offset in it, and the number of their gradient in the buffer's group.
         """
-        whole = {h.parameter: h for h in self.whole}
+        whole = {h.parameter: h for h in self.parameters}
         rank = self.engine.data_parallel_group.rank()
         if self.stage == 0:
-            for i, h in enumerate(self.whole):
+            for i, h in enumerate(self.parameters):
                 yield h, 0, h.tensor.numel(), i, 0, 0
         elif self.stage < 3:
             for i, group in enumerate(self.zero.bit16_groups):
@@ -156,11 +156,11 @@ class DeepSpeedEngine(Engine):
     def _copy_masters(self) -> None:
         """The model's parameters from the master weights, copies of each other even in float32."""
         if self.stage in (1, 2):
-            for h in self.whole:
+            for h in self.parameters:
                 h.parameter.zero_()
             for h, place in zip(self.pieces.held, self.places, strict=True):
                 place.view(h.parameter, place.parameter_offset).copy_(h.tensor)
-            all_reduce([h.parameter.data for h in self.whole], self.engine.data_parallel_group)
+            all_reduce([h.parameter.data for h in self.parameters], self.engine.data_parallel_group)
         elif self.stage == 3:
             for h, place in zip(self.pieces.held, self.places, strict=True):
                 partition: Tensor = h.parameter.ds_tensor.data  # type: ignore[attr-defined]

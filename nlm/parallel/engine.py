@@ -36,7 +36,7 @@ class Engine(ABC):
     def __init__(
         self, config: Config, mesh: Mesh, models: Sequence[Transformer], pieces: Pieces, whole: Transformer
     ) -> None:
-        self.config, self.mesh, self.models, self.pieces = config, mesh, models, pieces
+        self.config, self.mesh, self.models, self.pieces, self.whole = config, mesh, models, pieces, whole
         self.optimizer = make_optimizer(pieces, config.optim)
         continual = config.optim.continual_backprop
         self._continual = continual and ContinualBackprop(continual, self.optimizer, models, whole, config.train.seed)
@@ -118,23 +118,6 @@ class Engine(ABC):
         """[] -> []: the sum over all ranks, in float64; tensor parallel ranks all have the same share."""
         share = share.double() if self.mesh.tp.rank == 0 else torch.zeros_like(share, dtype=torch.float64)
         return self.mesh.sum(share)
-
-    def record(self, on: bool) -> None:
-        """Whether the steps to come record the RMS of the stream."""
-        for model in self.models:
-            model.signals = [] if on else None
-
-    def signals(self) -> Tensor:
-        """What a recorded step has seen, over all microbatches and ranks -> RMS [L 2 3]."""
-        tp, n_layers = self.mesh.tp, self.config.model.n_layers
-        squares = torch.zeros(n_layers, 2, 3, dtype=torch.float64, device=self.mesh.device)
-        if tp.sequence or tp.rank == 0:
-            for model in self.models:
-                assert model.signals, "the step was not recorded"
-                layers = model.part.layers
-                squares[layers.start : layers.stop] = torch.stack(model.signals).double().square().sum(0)
-        parts = self.microbatches * self.mesh.data_size * (tp.size if tp.sequence else 1)
-        return (self.mesh.sum(squares) / parts).sqrt()
 
     def clip(self) -> tuple[Tensor, Tensor]:
         """-> the gradient's global norm [] and the norms of all parameters' gradients [P], before clipping."""

@@ -52,7 +52,8 @@ class Pieces:
         ]
         """Which pieces this rank stands for, so that the ranks together have everything once."""
         order = {name: i for i, name in enumerate(self.weights)}
-        self._numbers = torch.tensor([order[h.name] for h in self.held], device=self.mesh.device)
+        self.numbers = torch.tensor([order[h.name] for h in self.held], device=self.mesh.device)
+        """[N]: of each piece, the number of its parameter."""
         places = [order[self.held[i].name] for i in self.counted for _ in self._exact(self.tensors[i])]
         self._places = torch.tensor(places, dtype=torch.int64, device=self.mesh.device)
 
@@ -87,7 +88,11 @@ class Pieces:
             other.copy_(first)
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors, one a piece -> [P], their norms over the whole parameters, in float64, the same on every rank.
+        """Tensors, one a piece -> [P], their norms over the whole parameters, in float64, the same on every rank."""
+        return self.mesh.sum(self.squares(tensors)).sqrt()
+
+    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors, one a piece -> [P], the sums of squares of what this rank stands for.
 
         Squares of vanishing gradients leave float32's range, hence float64.
         """
@@ -96,7 +101,7 @@ class Pieces:
             parts = [part for i in self.counted for part in self._exact(tensors[i])]
             norms = torch.stack(torch._foreach_norm(parts))
             squares.index_add_(0, self._places, norms.to(squares).square())
-        return self.mesh.sum(squares).sqrt()
+        return squares
 
     def which(self, is_so: Callable[[Weight], bool]) -> Tensor:
         """[P] bool: of which parameters it is so."""
@@ -104,7 +109,7 @@ class Pieces:
 
     def each(self, values: Tensor) -> tuple[Tensor, ...]:
         """One number a parameter [P] -> each piece's, [] each, of the kind of the pieces."""
-        return values[self._numbers].to(self.tensors[0]).unbind()
+        return values[self.numbers].to(self.tensors[0]).unbind()
 
     def _exact(self, tensor: Tensor) -> Sequence[Tensor]:
         """A tensor in parts that are small enough to take their norms."""

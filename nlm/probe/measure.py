@@ -20,6 +20,7 @@ from nlm.config import Config, ModelConfig
 from nlm.data.corpus import Corpus
 from nlm.data.rank import batch_of, tensors
 from nlm.model import Transformer, weights
+from nlm.signals import Signals
 
 Vector = NDArray[np.float64]
 
@@ -150,9 +151,9 @@ def measure(model: Transformer, batch: Batch) -> Signal:
         for _, parameter, weight in weights(model)
         if weight.site and weight.role in MATRICES
     ]
-    model.signals = []
+    model.signals = Signals(queries=1)
     loss, streams = run(model, batch)
-    (rms,), model.signals = model.signals, None
+    rms, model.signals = model.signals.rms(), None
     for _, out in streams:
         out.retain_grad()
     loss.backward()

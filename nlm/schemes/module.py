@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nlm.anatomy import Axis, Role, Site, Span
 from nlm.random import uniform
 from nlm.schemes.base import Branch, Equation, Fixed, Learned, Norm, Residual
+from nlm.signals import Watch, moments, product
 
 MakeNorm = Callable[[Span, Site], nn.Module]
 """width, site -> the configured norm layer."""
@@ -111,14 +112,14 @@ class ResidualModule(EquationModule):
             self._constant("drop", drop)
             self._constant("number", site.before, torch.int64)
 
-    def forward(self, x: Tensor, branch: Branch, norms: list[Tensor] | None, keys: Tensor | None) -> Tensor:
-        """x [B S D] -> [B S D]. `norms`, unless None, receives the norms of the branch and of the result.
+    def forward(self, x: Tensor, branch: Branch, watch: Watch | None, keys: Tensor | None) -> Tensor:
+        """x [B S D] -> [B S D]. The branch and the stream show signals.STREAM.
 
         `keys` [B] are the samples' own random numbers where samples are dropped.
         """
         parts = self.parts()
-        if norms is not None:
-            branch = partial(_recorded, branch, norms)
+        if watch is not None:
+            branch = partial(_shown, branch, watch.seen)
         if keys is not None:
             kept = (uniform(keys, self.number) >= self.drop) / (1 - self.drop)  # [B]
             if self.branch_end is None:
@@ -126,8 +127,8 @@ class ResidualModule(EquationModule):
             else:
                 parts[self.branch_end] = partial(_times, parts[self.branch_end], kept[:, None, None])
         y = self.function(x, branch, **parts)
-        if norms is not None:
-            norms.append(l2_norm(y))
+        if watch is not None:
+            watch.seen.extend((*moments(y), product(x, y)))
         return y
 
 
@@ -136,13 +137,7 @@ def _times(branch: Branch, factor: Tensor, x: Tensor) -> Tensor:
     return y * factor.to(y.dtype)
 
 
-def _recorded(branch: Branch, norms: list[Tensor], x: Tensor) -> Tensor:
+def _shown(branch: Branch, seen: list[Tensor], x: Tensor) -> Tensor:
     y = branch(x)
-    norms.append(l2_norm(y))
+    seen.extend(moments(y))
     return y
-
-
-@torch.no_grad()
-def l2_norm(x: Tensor) -> Tensor:
-    """[…] -> []: root of the sum of squares of all elements, in float32 or more."""
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))

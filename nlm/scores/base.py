@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from nlm.anatomy import Span
 from nlm.norms import precise
 from nlm.parallel.tensor import TensorParallel
+from nlm.signals import Watch, squares
+
+SATURATED = 0.95
+"""The share of its weight from which on a query is said to see one key only (science: QKNorm's measure)."""
 
 Place = Callable[[Tensor], Tensor]
 """What gives queries or keys [B S H Dh] their positions, and then what the scheme has for them."""
@@ -35,12 +39,44 @@ class Score(nn.Module, ABC):
     [B 1 S S] says who sees whom; without one, each position sees itself and those before.
     """
 
+    sums_to_one = False
+    """Whether the weights of the values do, of every query."""
+
     def __init__(self, heads: Heads) -> None:
         super().__init__()
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, place_q: Place, place_k: Place) -> Tensor:
-        """Queries, keys and values as the matrices give them -> [B S H Dh]."""
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        place_q: Place,
+        place_k: Place,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """Queries, keys and values as the matrices give them -> [B S H Dh]. It shows signals.INSIDE."""
+
+    def pairs(self, q: Tensor, k: Tensor) -> Tensor:
+        """Some of the queries [B Q H Dh], all keys -> [B H Q S], what `weigh` takes: q·k / sqrt(Dh)."""
+        return torch.einsum("bshd,bthd->bhst", q, for_each_query(k, q)) * q.shape[-1] ** -0.5
+
+    @abstractmethod
+    def weigh(self, pairs: Tensor, visible: Tensor) -> Tensor:
+        """[B H Q S] -> the weights of the values, 0 where `visible` [… Q S] is false."""
+
+    @torch.no_grad()
+    def shown(self, q: Tensor, k: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the queries of which `visible` [… Q S] says which keys they see -> [] each: the sum of the entropies, in
+        nats, of their weights, taken as shares of what the absolute weights sum to; how many give one key more than
+        SATURATED; the largest of their `pairs`."""
+        pairs = precise(self.pairs(q[:, queries(visible)], k))
+        shares = self.weigh(pairs, visible)
+        if not self.sums_to_one:
+            shares = F.normalize(shares.abs(), p=1, dim=-1)
+        saturated = (shares.amax(-1) > SATURATED).sum(dtype=shares.dtype)
+        return torch.special.entr(shares).sum(), saturated, pairs.masked_fill(~visible, -torch.inf).amax()
 
 
 class PlacedScore(Score):
@@ -54,21 +90,28 @@ class PlacedScore(Score):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """-> [B S H Dh]."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, place_q: Place, place_k: Place) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        place_q: Place,
+        place_k: Place,
+        watch: Watch | None = None,
+    ) -> Tensor:
         q, k = self.normalize(q, k)
-        return self.attend(place_q(q), place_k(k), v, mask)
+        q, k = place_q(q), place_k(k)
+        if watch is not None:
+            watch.seen.extend((*self.shown(q, k, watch.visible), squares(q), squares(k)))
+        return self.attend(q, k, v, mask)
 
 
 class Weighed(PlacedScore):
     """A score that computes all weights [B H S S] of a layer, in float32 or more; memory grows as S²."""
 
-    @abstractmethod
-    def weigh(self, scores: Tensor, visible: Tensor) -> Tensor:
-        """q·k / sqrt(Dh) [B H S S] -> the weights of the values, 0 where `visible` [… S S] is false."""
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        scores = torch.einsum("bshd,bthd->bhst", q, for_each_query(k, q)) * q.shape[-1] ** -0.5
-        weights = self.weigh(precise(scores), visible(q, mask))
+        weights = self.weigh(precise(self.pairs(q, k)), visible(q, mask))
         return torch.einsum("bhst,bthd->bshd", weights.to(v.dtype), for_each_query(v, q))
 
 
@@ -87,6 +130,25 @@ def n_visible(q: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.arange(1, q.shape[1] + 1, device=q.device)[:, None, None]
     return mask.sum(-1).transpose(1, 2)[..., None]  # [B 1 S] -> [B S 1 1]
+
+
+def queries(visible: Tensor) -> slice:
+    """Of S positions the Q that [… Q S] is about: the last one, and evenly back from it."""
+    n, seq_len = visible.shape[-2:]
+    stride = seq_len // n
+    return slice(seq_len - 1 - stride * (n - 1), None, stride)
+
+
+def keys_seen(mask: Tensor | None, seq_len: int, n: int, device: torch.device) -> Tensor:
+    """[B 1 Q S] or [1 1 Q S]: the keys that each of up to `n` queries sees, by the mask or the causal one."""
+    n = min(n, seq_len)
+    every = mask if mask is not None else torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device).tril()
+    return every[..., queries(every[..., :n, :]), :]
+
+
+def uniform_entropy(visible: Tensor, rows: int) -> Tensor:
+    """[]: the sum over such queries of so many rows of the entropy, in nats, of equal weights."""
+    return visible.sum(-1).double().log().sum() * (rows / len(visible))
 
 
 def document_mask(segments: Tensor, causal: bool = True) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from nlm.anatomy import Role, Span
 from nlm.norms import precise
 from nlm.scores.base import Heads, Place, PlacedScore, Score, for_each_query, linear_attention, n_visible
+from nlm.signals import Watch, squares
 
 
 class HeadNorm(nn.Module):
@@ -25,7 +26,14 @@ class HeadNorm(nn.Module):
         return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), self.weight)
 
 
-class Fourier(PlacedScore):
+class Linear(Score):
+    """A score without a softmax: each pair weighs as much as it is."""
+
+    def weigh(self, pairs: Tensor, visible: Tensor) -> Tensor:
+        return pairs * visible
+
+
+class Fourier(Linear, PlacedScore):
     """(LN(q) LN(k)ᵀ / sqrt(Dh)) v / t, the mean over the t keys that a query sees.
 
     The paper divides by the sequence's length, of which a causal model may not know at its early positions.
@@ -43,7 +51,7 @@ class Fourier(PlacedScore):
         return out / n_visible(q, mask) * q.shape[-1] ** -0.5
 
 
-class Galerkin(PlacedScore):
+class Galerkin(Linear, PlacedScore):
     """q (LN(k)ᵀ LN(v)) / t, the mean over the t keys that a query sees, as of Fourier."""
 
     def __init__(self, heads: Heads) -> None:
@@ -58,7 +66,7 @@ class Galerkin(PlacedScore):
         return out / n_visible(q, mask)
 
 
-class NaLaFormer(Score):
+class NaLaFormer(Linear):
     """Norm-aware linear attention: a query's length sets the power p = 3 (½ + tanh ‖q‖) to which its direction is
     raised, so that long queries attend sharply, as under softmax (Meng et al. 2025, arXiv:2506.21137).
 
@@ -66,7 +74,16 @@ class NaLaFormer(Score):
     the image model's convolution and gate are left out. Sums are over the keys that a query sees.
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, place_q: Place, place_k: Place) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        place_q: Place,
+        place_k: Place,
+        watch: Watch | None = None,
+    ) -> Tensor:
         q, k = precise(q), precise(k)
         length = q.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         power = 3 * (0.5 + length.tanh())
@@ -80,6 +97,8 @@ class NaLaFormer(Score):
         ones = torch.ones_like(length)
         total = linear_attention(features(q_parts), features(k_parts), ones, mask) + 1e-6 * n_visible(q, mask)
         q_placed, k_placed = (
-            [place(part) for part in parts] for place, parts in ((place_q, q_parts), (place_k, k_parts))
+            features([place(part) for part in parts]) for place, parts in ((place_q, q_parts), (place_k, k_parts))
         )
-        return linear_attention(features(q_placed), features(k_placed), for_each_query(v, q), mask) / total
+        if watch is not None:
+            watch.seen.extend((*self.shown(q_placed, k_placed, watch.visible), squares(q), squares(k)))
+        return linear_attention(q_placed, k_placed, for_each_query(v, q), mask) / total

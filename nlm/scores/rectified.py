@@ -27,8 +27,8 @@ class ReLA(Weighed):
         self.spans = {"gate": (width,)}
         self.gate = nn.Parameter(torch.empty(len(width)))
 
-    def weigh(self, scores: Tensor, visible: Tensor) -> Tensor:
-        return scores.relu() * visible
+    def weigh(self, pairs: Tensor, visible: Tensor) -> Tensor:
+        return pairs.relu() * visible
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         z = super().attend(q, k, v, mask).flatten(2)  # [B S H·Dh]
@@ -46,5 +46,5 @@ class Sigmoid(Weighed):
         super().__init__(heads)
         self.bias = -log(heads.seq_len) if bias is None else bias
 
-    def weigh(self, scores: Tensor, visible: Tensor) -> Tensor:
-        return (scores + self.bias).sigmoid() * visible
+    def weigh(self, pairs: Tensor, visible: Tensor) -> Tensor:
+        return (pairs + self.bias).sigmoid() * visible

@@ -20,10 +20,10 @@ class SASoftmax(Weighed):
         super().__init__(heads)
         self.normalized, self.detach = normalized, detach
 
-    def weigh(self, scores: Tensor, visible: Tensor) -> Tensor:
-        p = softmax(scores, visible)
+    def weigh(self, pairs: Tensor, visible: Tensor) -> Tensor:
+        p = softmax(pairs, visible)
         if not self.normalized:
-            return scores * p
-        bounds = (scores.detach() if self.detach else scores) * visible  # 0 where unseen, which min and max include
+            return pairs * p
+        bounds = (pairs.detach() if self.detach else pairs) * visible  # 0 where unseen, which min and max include
         low, high = bounds.amin(-1, keepdim=True).clamp(max=0), bounds.amax(-1, keepdim=True).clamp(min=0)
-        return p * (scores - low) / (high - low + 1e-10)
+        return p * (pairs - low) / (high - low + 1e-10)

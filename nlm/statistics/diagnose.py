@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from nlm.statistics.record import SIGNALS
-
 Vectors = Mapping[str, NDArray[np.float32]]
 
 
+SIGNALS = ("stream_rms_in", "branch_rms", "stream_rms_out")
+"""In the order in which a sublayer computes them."""
 LEAST = 8
 """How many steps it takes to say what is usual."""
 
@@ -21,7 +21,9 @@ def first_bad_layer(vectors: Vectors, before: Vectors, sigma: float) -> str | No
     A bad value spreads: that order is up the stack for weights and the forward, then down it for the gradients.
     """
     for name, layer in _in_order(vectors):
-        if not np.isfinite(value := float(vectors[name][layer])):
+        value, usual = float(vectors[name][layer]), before[name][:, layer]
+        absent = np.isnan(value) and len(usual) and np.isnan(usual).all()  # a layer that has no such sublayer
+        if not np.isfinite(value) and not absent:
             return f"layer {layer}: {name} is {value}"
     for name, layer in _in_order(vectors):
         value, usual = float(vectors[name][layer]), before[name][:, layer].astype(np.float64)
@@ -33,7 +35,9 @@ def first_bad_layer(vectors: Vectors, before: Vectors, sigma: float) -> str | No
 
 def _in_order(vectors: Vectors) -> Iterator[tuple[str, int]]:
     backward = [name for name in vectors if name.startswith("grad_norm/") and name != "grad_norm/layer"]
-    forward = [name for name in vectors if name.partition("/")[0] in ("weight_norm", *SIGNALS)]
+    sublayers = [name.partition("/")[2] for name in vectors if name.startswith(f"{SIGNALS[0]}/")]
+    forward = [name for name in vectors if name.startswith("weight_norm/")]
+    forward += [f"{signal}/{sublayer}" for sublayer in sublayers for signal in SIGNALS]
     layers = range(len(next(iter(vectors.values()))))
     yield from ((name, layer) for layer in layers for name in forward)
     yield from ((name, layer) for layer in reversed(layers) for name in backward)

@@ -21,6 +21,7 @@ from nlm.schemes.peri_ln import PeriLN
 from nlm.schemes.pre_ln import PreLN
 from nlm.scores import Heads
 from nlm.scores.softmax import QKNorm, Softmax
+from nlm.signals import Signals
 
 MakeConfig = Callable[..., Config]
 
@@ -139,9 +140,9 @@ def test_k7_alpha_starts_at_its_effective_value(
 def test_k8_stream_variance_grows_by_two_a_layer(build: Callable[..., Transformer], text: Tensor) -> None:
     """K8: 1 + 2l after l layers, within 25 %; a single draw at D=64 strays further."""
     model = build("peri_ln", 64, dim=128, ffn_dim=512)
-    model.signals = []
+    model.signals = Signals(queries=1)
     model(text[:, :-1])
-    variance = model.signals[0][:, 1, 2].square()
+    variance = model.signals.rms()[:, 1, 2].square()
     expected = 1 + 2 * torch.arange(1, 65)
     assert (variance / expected - 1).abs().max() < 0.25
 

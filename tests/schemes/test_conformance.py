@@ -20,6 +20,7 @@ from nlm.model import Transformer, weights
 from nlm.optim import projection
 from nlm.parallel.compile import compile_model
 from nlm.parallel.recompute import recompute_blocks
+from nlm.signals import Signals
 
 MakeConfig = Callable[..., Config]
 
@@ -141,7 +142,7 @@ def test_one_graph_serves_all_blocks(config: Config) -> None:
     assert torch.allclose(model(x), expected, atol=1e-5)
     kinds = len({model.scheme.sublayers(layer) for layer in range(config.model.n_layers)})
     assert len(graphs) == kinds, f"{len(graphs)} graphs for {config.model.n_layers} blocks"
-    model.signals = []
+    model.signals = Signals(queries=4)
     model(x)
     assert len(graphs) == 2 * kinds, "recording takes one graph more, for all blocks alike"
 
@@ -156,12 +157,12 @@ def test_recompute_changes_nothing(config: Config) -> None:
 
 def test_recording_changes_nothing(config: Config) -> None:
     model, x = shake(build_model(config)), tokens(config)
-    plain, model.signals = model(x), []
+    plain, model.signals = model(x), Signals(queries=4)
     assert torch.equal(model(x), plain)
-    signals = model.signals
-    assert signals[0].shape == (config.model.n_layers, 2, 3)
-    assert torch.equal(signals[0][:, 0, 2], signals[0][:, 1, 0]), "attention's stream out is the FFN's stream in"
-    assert torch.equal(signals[0][:-1, 1, 2], signals[0][1:, 0, 0])
+    rms = model.signals.rms()
+    assert rms.shape == (config.model.n_layers, 2, 3) and rms.isfinite().all()
+    assert torch.equal(rms[:, 0, 2], rms[:, 1, 0]), "attention's stream out is the FFN's stream in"
+    assert torch.equal(rms[:-1, 1, 2], rms[1:, 0, 0])
 
 
 def test_every_parameter_learns(config: Config) -> None:

@@ -10,6 +10,7 @@ import torch
 from nlm import SCHEMES, build_model
 from nlm.cli import main
 from nlm.config import Config
+from nlm.signals import Signals
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,9 +25,9 @@ def test_the_scheme_works(make_config: Callable[..., Config], monkeypatch: pytes
     rms = {}
     for n_layers in (4, 64):
         model = build_model(make_config({"scheme": {"name": "complete_p"}, "n_layers": n_layers}))
-        model.signals = []
+        model.signals = Signals(queries=1)
         model(torch.arange(24).view(2, 12))
-        rms[n_layers] = float(model.signals[0][-1, 1, 2])
+        rms[n_layers] = float(model.signals.rms()[-1, 1, 2])
     assert rms[64] < 1.1 * rms[4]
 
 

@@ -1,6 +1,7 @@
 """Per-layer statistics: right against an independent count, whole after a crash, drawn, and reported."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from nlm import SCHEMES, build_model, read_layers
 from nlm.anatomy import Role
@@ -35,22 +37,34 @@ def test_recorded_against_an_independent_count(
 ) -> None:
     """The first step again, in one piece, with hooks and plain loops."""
     model_keys = {"scheme": {"name": scheme}, "bias": True, "activation": "swiglu"}
-    config = run_config("run", model_keys, train={"steps": 1}, parallel={"microbatches": microbatches})
+    config = run_config(
+        "run",
+        model_keys,
+        train={"steps": 1},
+        parallel={"microbatches": microbatches},
+        statistics={"queries": 16},
+    )
     layers = read_layers(train(config))
 
     model = build_model(config)
-    branch: dict[str, float] = {}
-    stream: dict[str, float] = {}
+    tensors: dict[str, torch.Tensor] = {}
 
-    def rms(x: torch.Tensor) -> float:
-        return float(x.detach().double().square().mean().sqrt())
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, x: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+            tensors[f"{name}.in"], tensors[name] = x[0], y
+            if y.requires_grad:
+                y.retain_grad()
+
+        return hook
 
     for l, block in model.blocks.items():
-        for kind, name in zip(("attn", "ffn"), block.names, strict=True):
-            keep = lambda _, __, y, at=f"{l}.{kind}": branch.update({at: rms(y)})  # noqa: E731
-            getattr(block, name).register_forward_hook(keep)
-            both = lambda _, x, y, at=f"{l}.{kind}": stream.update({f"{at}.in": rms(x[0]), f"{at}.out": rms(y)})  # noqa: E731
-            getattr(block, f"{name}_residual").register_forward_hook(both)
+        for name in block.names:
+            sublayer = getattr(block, name)
+            sublayer.register_forward_hook(keep(f"{l}.{name}.branch"))
+            getattr(block, f"{name}_residual").register_forward_hook(keep(f"{l}.{name}.stream"))
+            inner = sublayer.slots if name == "attn" else {"down": sublayer.w_down}
+            for part, module in inner.items():
+                module.register_forward_hook(keep(f"{l}.{name}.{part}"))
     rows = torch.from_numpy(Corpus(config).batch(1).tokens)
     logits = model(rows[:, :-1])
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
@@ -77,20 +91,73 @@ def test_recorded_against_an_independent_count(
     moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     roles = {weight.role for _, _, weight in weights(model) if weight.site}
     expected: dict[str, list[float]] = {}
-    for l in range(config.model.n_layers):
-        expected.setdefault("grad_norm/layer", []).append(joined(gradients, l, None))
+
+    def expect(name: str, value: torch.Tensor | float) -> None:
+        expected.setdefault(name, []).append(float(value))
+
+    nan = float("nan")
+    for l, block in enumerate(model.blocks.values()):
+        expect("grad_norm/layer", joined(gradients, l, None))
         for role in roles:
-            expected.setdefault(f"grad_norm/{role}", []).append(joined(gradients, l, role))
-            expected.setdefault(f"weight_norm/{role}", []).append(joined(before, l, role))
-            size = joined(before, l, role)
-            expected.setdefault(f"update_ratio/{role}", []).append(joined(moved, l, role) / size if size else 0.0)
-        for kind in ("attn", "ffn"):
-            expected.setdefault(f"stream_rms_in/{kind}", []).append(stream[f"{l}.{kind}.in"])
-            expected.setdefault(f"branch_rms/{kind}", []).append(branch[f"{l}.{kind}"])
-            expected.setdefault(f"stream_rms_out/{kind}", []).append(stream[f"{l}.{kind}.out"])
+            has = any(w.site and w.site.layer == l and w.role == role for _, _, w in weights(model))
+            size, gradient, update = (joined(of, l, role) for of in (before, gradients, moved))
+            after = joined({name: p.detach() for name, p in model.named_parameters()}, l, role)
+            turned = 1 - (size**2 + after**2 - update**2) / (2 * size * after) if size else 0.0
+            expect(f"grad_norm/{role}", gradient if has else nan)
+            expect(f"weight_norm/{role}", size if has else nan)
+            expect(f"update_norm/{role}", update if has else nan)
+            expect(f"update_ratio/{role}", (update / size if size else 0.0) if has else nan)
+            expect(f"weight_angle/{role}", 2 * np.arcsin(np.sqrt(max(turned, 0) / 2)) if has else nan)
+        for name in {name for b in model.blocks.values() for name in b.names}:
+            here = name in block.names
+            x, branch, y = (
+                tensors[f"{l}.{name}.{of}"].detach().double() if here else torch.tensor([nan], dtype=torch.float64)
+                for of in ("stream.in", "branch", "stream")
+            )
+            for of, where, z in (("stream", "_in", x), ("branch", "", branch), ("stream", "_out", y)):
+                expect(f"{of}_rms{where}/{name}", z.square().mean().sqrt())
+                expect(f"{of}_mean{where}/{name}", z.mean())
+                expect(f"{of}_variance{where}/{name}", z.var(correction=0))
+                expect(f"{of}_max{where}/{name}", z.abs().max())
+            expect(f"stream_cosine/{name}", (x * y).sum() / (x.norm() * y.norm()))
+            if name == "attn":
+                for what, value in attention(tensors, f"{l}.attn", here).items():
+                    expect(f"{what}/attn", value)
+            else:
+                units = tensors[f"{l}.{name}.down.in"].abs().mean((0, 1)) if here else torch.tensor([nan])
+                expect(f"dead_units/{name}", (units == 0).float().mean() if here else nan)
+                expect(f"dormant_units/{name}", (units <= 0.025 * units.mean()).float().mean() if here else nan)
+        last = tensors[f"{l}.{block.names[-1]}.stream"].grad
+        assert last is not None
+        expect("stream_grad_rms/layer", last.double().square().mean().sqrt())
     assert set(layers) - {"step"} >= set(expected)
     for name, values in expected.items():
-        assert np.allclose(layers[name][0], values, rtol=2e-3), (name, layers[name][0], values)
+        near = 1e-6 if "_mean" in name else 2e-5 if "angle" in name else 1e-8
+        assert np.allclose(layers[name][0], values, rtol=2e-3, atol=near, equal_nan=True), (
+            name,
+            layers[name][0],
+            values,
+        )
+
+
+def attention(tensors: dict[str, torch.Tensor], at: str, here: bool) -> dict[str, float]:
+    """Position by position, of every second query, the last among them."""
+    nan = float("nan")
+    names = ("attention_entropy", "attention_uniform", "attention_saturated", "max_logit", "q_norm", "k_norm")
+    if not here:
+        return dict.fromkeys(names, nan)
+    q, k = (tensors[f"{at}.{x}"].detach().double() for x in "qk")
+    entropy, uniform, saturated, logits = [], [], [], []
+    for b, t, h in product(range(len(q)), range(1, q.shape[1], 2), range(q.shape[2])):
+        logit = k[b, : t + 1, h // (q.shape[2] // k.shape[2])] @ q[b, t, h] / q.shape[3] ** 0.5
+        p = logit.softmax(0)
+        entropy.append(float(-(p * p.log()).sum()))
+        uniform.append(np.log(t + 1))
+        saturated.append(float(p.max() > 0.95))
+        logits.append(float(logit.max()))
+    norms = (float(x.square().sum(-1).mean().sqrt()) for x in (q, k))
+    means = (float(np.mean(x)) for x in (entropy, uniform, saturated))
+    return dict(zip(names, (*means, max(logits), *norms), strict=True))
 
 
 # storing

@@ -23,6 +23,7 @@ from nlm.optim import learning_rate
 from nlm.parallel.engine import Engine
 from nlm.probe.measure import Signal, measure, slope
 from nlm.runtime import denormals_flushed
+from nlm.signals import Signals
 from tools.reproduce.claim import Check, shown
 
 Sections = dict[str, dict[str, Any]]
@@ -149,10 +150,10 @@ def lowest(of: Sequence[Sequence[float]]) -> int:
 @torch.no_grad()
 def rms(model: Transformer, seed: int = 0) -> np.ndarray:
     """[L 2 3] of the stream in, the branch and the stream out of each sublayer, on a batch of text."""
-    model.signals = []
+    model.signals = Signals(queries=1)
     model(rows(seed)[:, :-1])
     signals, model.signals = model.signals, None
-    return signals[0].numpy()
+    return signals.rms().numpy()
 
 
 @torch.no_grad()
