@@ -1,6 +1,8 @@
 """A batch of token rows, and what a model is to read and to predict of it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Self
 
 import torch
@@ -17,13 +19,15 @@ class Batch:
     """Tokens [B S+1]; with a document mask also [B S+1], the document of its row that each is in, counted up from 0.
 
     `keys` [B] are the rows' own random numbers, for what is to be random in training. `stand_ins` [B S+1] are of an
-    encoder's batch: what is read in the place of each token that is to be predicted, and KEPT elsewhere.
+    encoder's batch: what is read in the place of each token that is to be predicted, and KEPT elsewhere. Of the rows
+    where `counted` [B] is false nothing is to be predicted.
     """
 
     tokens: Tensor
     documents: Tensor | None = None
     keys: Tensor | None = None
     stand_ins: Tensor | None = None
+    counted: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -39,11 +43,12 @@ class Batch:
         """[B S]: the token after each input; under the mask, IGNORED where that begins another document. Of an encoder,
         the tokens that something stands in for, and IGNORED elsewhere."""
         if self.stand_ins is not None:
-            return self.tokens.where(self.stand_ins != KEPT, IGNORED)[:, :-1]
-        after = self.tokens[:, 1:]
-        return (
-            after if self.documents is None else after.where(self.documents[:, 1:] == self.documents[:, :-1], IGNORED)
-        )
+            targets = self.tokens.where(self.stand_ins != KEPT, IGNORED)[:, :-1]
+        elif self.documents is not None:
+            targets = self.tokens[:, 1:].where(self.documents[:, 1:] == self.documents[:, :-1], IGNORED)
+        else:
+            targets = self.tokens[:, 1:]
+        return targets if self.counted is None else targets.where(self.counted[:, None], IGNORED)
 
     @property
     def segments(self) -> Tensor | None:
@@ -57,7 +62,7 @@ class Batch:
     @property
     def has_ignored(self) -> bool:
         """Whether some targets may be IGNORED."""
-        return self.documents is not None or self.stand_ins is not None
+        return not (self.documents is self.stand_ins is self.counted is None)
 
     def n_targets(self) -> Tensor:
         """[]: how many targets there are to learn from, in float64, which holds their inverse well."""
@@ -73,10 +78,20 @@ class Batch:
 
     def chunk(self, parts: int) -> list[Self]:
         """The rows in `parts` equal parts."""
-        tensors = (self.tokens, self.documents, self.keys, self.stand_ins)
-        chunks = [[None] * parts if tensor is None else tensor.chunk(parts) for tensor in tensors]
-        return [type(self)(*part) for part in zip(*chunks, strict=True)]  # type: ignore[arg-type]
+        sizes = [len(part) for part in self.tokens.chunk(parts)]
+        ends = accumulate(sizes)
+        return [self._each(lambda x, end=end, n=n: x[end - n : end]) for end, n in zip(ends, sizes, strict=True)]  # type: ignore[misc]
+
+    def first(self, n_rows: int) -> Self:
+        return self._each(lambda tensor: tensor[:n_rows])
+
+    def only(self, counted: Tensor) -> Self:
+        """The same rows, of which only those are to be predicted where `counted` [B] is true."""
+        return replace(self, counted=counted)
 
     def to(self, device: torch.device) -> Self:
-        tensors = (self.tokens, self.documents, self.keys, self.stand_ins)
-        return type(self)(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))  # type: ignore[arg-type]
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        tensors = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return replace(self, **{name: function(tensor) for name, tensor in tensors if tensor is not None})

@@ -339,12 +339,16 @@ class FaultsConfig(Section):
 class StatisticsConfig(Section):
     """Per-layer statistics on every logged step; their heat maps go to TensorBoard every `images_every` steps.
 
-    `queries`: of each sequence, so many queries, evenly spread, show the entropy and largest logit of attention.
+    `queries`: of each sequence, so many queries, evenly spread, show the entropy and largest logit of attention. Every
+    `spectra_every` steps (0: never) singular values of the weights and effective ranks of the stream are taken, every
+    `noise_every` the gradient of half the batch, from which its noise is told; each such step takes about two.
     """
 
     enabled: bool = True
     images_every: PositiveInt = 100
     queries: PositiveInt = 16
+    spectra_every: NonNegativeInt = 0
+    noise_every: NonNegativeInt = 0
 
 
 def _enabled(value: Any) -> Any:
@@ -475,6 +479,8 @@ def _contradictions(table: Table) -> Iterable[str]:
                 f"train.batch_tokens: expected a multiple of train.seq_len · parallel.microbatches · dp_replicate · "
                 f"dp_shard = {unit}, got {tokens}"
             )
+    if number("statistics", "noise_every") and tokens == seq_len:
+        yield "statistics.noise_every: compares halves of a batch, which has one row only; raise train.batch_tokens"
     steps, warmup = number("train", "steps"), number("optim", "warmup_steps")
     if steps and warmup and warmup > steps:
         yield f"optim.warmup_steps: expected at most train.steps = {steps}, got {warmup}"

@@ -104,11 +104,12 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
     for step in range(start + 1, until + 1):
         evaluates, saves = due(step, steps, config.evaluate.every), due(step, until, config.checkpoint.every)
         logs = due(step, steps, config.log.every) or step == 1 or evaluates or saves
+        logs |= run.statistics is not None and run.statistics.due(step)
         recording = run.statistics if logs else None
 
-        if recording:
-            recording.begin()
         rows = run.data.rows(batch := run.faults.batch(step))
+        if recording:
+            recording.begin(rows, step)
         loss = engine.total(engine.forward_backward(rows))
         grad_norm, grad_norms = engine.clip()
         left_out = guard.judge(step, batch, loss, grad_norm)
@@ -189,7 +190,7 @@ def _suspect(run: Run, step: int, rows: Batch) -> str:
     if run.statistics is None:
         return "with statistics.enabled = true it would say which layer went bad"
     engine = run.engine
-    run.statistics.begin()
+    run.statistics.begin(rows)
     engine.forward_backward(rows)
     _, norms = engine.clip()
     run.statistics.before_update()

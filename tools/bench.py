@@ -126,7 +126,7 @@ def deep(n_layers: int, record: bool = False, **parallel: Any) -> Step:
 
     def step(i: int) -> None:
         if record:
-            layer_statistics.begin()
+            layer_statistics.begin(Batch(rows))
         engine.forward_backward(Batch(rows))
         _, norms = engine.clip()
         if record:

@@ -12,7 +12,6 @@ Tensors and vectors over layers are compared by the norm of their difference, in
 
 import argparse
 import json
-import multiprocessing as mp
 import os
 import shutil
 import sys
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch
 from entries import COMBINATIONS, ENCODERS, MIXED
-from launched import free_port
+from launched import PROCESSES, free_port
 
 from nlm import SCHEMES
 from nlm.build import parse_config
@@ -101,6 +100,7 @@ class Row:
     data: Table = field(default_factory=dict)
     train: Table = field(default_factory=dict)
     optim: Table = field(default_factory=lambda: {"eps": EPS})
+    statistics: Table = field(default_factory=dict)
     precision: str = "fp32"
     limit: float = LIMITS["fp64"]
     """In float64. More for what mixes things that cancel each other: a norm's gain before another norm has a gradient
@@ -123,6 +123,7 @@ class Row:
                 "optim": {"lr": 1e-3, "schedule": "constant", "clip": 0.5} | self.optim,
                 "parallel": {"microbatches": 8} | self.everywhere | (self.parallel | LAYOUTS[layout] if layout else {}),
                 "data": {"train": str(folder / "tokens")} | self.data,
+                "statistics": self.statistics,
                 "log": {"dir": str(run), "every": 1, "tensorboard": False},
             }
         )
@@ -195,6 +196,12 @@ VARIANT_ROWS = {
             {"bias": True},
             everywhere={"recompute": "block"},
             optim={"eps": EPS, "continual_backprop": {"replacement_rate": 0.05, "maturity": 1}},
+        ),
+        variant(
+            "statistics on request",
+            ["hsdp2x2", "tp2+sp", "pp2-zbv", "fsdp2xtp2xpp2", "zero1", "zero3", "zero2xtp2+sp"],
+            {"bias": True},
+            statistics={"spectra_every": 2, "noise_every": 2, "queries": 5},
         ),
         variant("sparse softmax", ["tp2+sp", "fsdp2xtp2xpp2"], {}, train={"sparse_softmax_k": 5}),
         variant("one block a unit", ["fsdp2", "fsdp2xtp2"], {}, parallel={"blocks_per_unit": 1}),
@@ -300,13 +307,13 @@ class Ranks:
 
     def train(self, config: Config) -> float:
         """-> CPU seconds of the first rank. Errors: RuntimeError with what a rank said."""
-        ranks, context = config.parallel.ranks, mp.get_context("spawn")
+        ranks = config.parallel.ranks
         if config.parallel.engine == "deepspeed" or self.used_up:
             self.close()  # DeepSpeed keeps what it knows of a process group beyond its end
             self.used_up = config.parallel.engine == "deepspeed"
         while len(self.running) < ranks:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=train_rank, args=(theirs,), daemon=True)
+            ours, theirs = PROCESSES.Pipe()
+            process = PROCESSES.Process(target=train_rank, args=(theirs,), daemon=True)
             process.start()
             self.running.append((process, ours))
         port, table = str(free_port()), config.model_dump(exclude_none=True)

@@ -1,12 +1,15 @@
-"""What is recorded of each layer, from the values that a step computes anyway."""
+"""What is recorded of each layer: from the values that a step computes anyway, and on request from others."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nlm.batch import Batch
 from nlm.config import StatisticsConfig
 from nlm.parallel.engine import Engine
 from nlm.statistics.forward import ForwardStatistics
+from nlm.statistics.noise import half_gradient_norms, signal_and_noise
+from nlm.statistics.spectra import effective_ranks, singular_values
 from nlm.statistics.weights import WeightStatistics
 
 
@@ -14,10 +17,18 @@ class LayerStatistics:
     """One vector [L] a quantity: of the sublayers from the forward, of gradients, weights and updates by role."""
 
     def __init__(self, engine: Engine, config: StatisticsConfig) -> None:
+        self.engine, self.config = engine, config
         self.forward, self.weights = ForwardStatistics(engine, config.queries), WeightStatistics(engine)
+        self.requested: dict[str, Tensor] = {}
 
-    def begin(self) -> None:
-        """Before a step that is to be recorded."""
+    def due(self, step: int) -> bool:
+        """Whether a step has something to record on request."""
+        return self._spectra_due(step) or self._noise_due(step)
+
+    def begin(self, rows: Batch, step: int = 0) -> None:
+        """Before the forward of rows that is to be recorded; with the number of a step, what is due then."""
+        self.requested = self._spectra(rows if self._spectra_due(step) else None)
+        self.half_norms = half_gradient_norms(self.engine, rows) if self._noise_due(step) else None
         self.forward.begin()
 
     def before_update(self) -> None:
@@ -26,7 +37,39 @@ class LayerStatistics:
 
     def vectors(self, gradient_norms: Tensor) -> dict[str, np.ndarray]:
         """After its update, with the norms of the gradients [P] -> "quantity/part", [L] float32, the same on every
-        rank in every layout: see quantities.py."""
+        rank in every layout: see quantities.py. What was not due is NaN."""
         vectors = self.forward.vectors() | self.weights.vectors(gradient_norms)
+        vectors |= self.requested | self._noise(gradient_norms)
         table = torch.stack(list(vectors.values())).float().cpu().numpy()  # one transfer to the host
         return dict(zip(vectors, table, strict=True))
+
+    def _spectra_due(self, step: int) -> bool:
+        return step > 0 and self.config.spectra_every > 0 and step % self.config.spectra_every == 0
+
+    def _noise_due(self, step: int) -> bool:
+        return step > 0 and self.config.noise_every > 0 and step % self.config.noise_every == 0
+
+    def _spectra(self, rows: Batch | None) -> dict[str, Tensor]:
+        if not self.config.spectra_every:
+            return {}
+        if rows is None:
+            ranks, values = self._nothing(self.forward.n_layers), self._nothing(len(self.engine.pieces.weights), 2)
+        else:
+            ranks, values = effective_ranks(self.engine, rows), singular_values(self.engine)
+        largest, smallest = values.unbind(1)
+        return (
+            {"effective_rank/layer": ranks}
+            | self.weights.greatest("largest_singular_value", largest)
+            | self.weights.greatest("condition_number", largest / smallest)
+        )
+
+    def _noise(self, gradient_norms: Tensor) -> dict[str, Tensor]:
+        if not self.config.noise_every:
+            return {}
+        norms = self._nothing(len(gradient_norms)) if self.half_norms is None else self.half_norms
+        half, whole = self.weights.by_layer(norms), self.weights.by_layer(gradient_norms)
+        signal, noise = signal_and_noise(whole, half, self.engine.config.batch_rows)
+        return {"gradient_signal/layer": signal, "gradient_noise/layer": noise}
+
+    def _nothing(self, *shape: int) -> Tensor:
+        return torch.full(shape, torch.nan, dtype=torch.float64, device=self.engine.mesh.device)

@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from nlm.anatomy import Role
+from nlm.anatomy import MATRICES, Role
 from nlm.parallel.engine import Engine
 from nlm.schemes.module import EquationModule
 
@@ -63,13 +63,14 @@ class WeightStatistics:
         torch._foreach_sub_(self.before, pieces.tensors)
         joint = pieces.mesh.sum(torch.stack([before, after, pieces.squares(self.before), self._sums()]))
         self.before = None
-        before, after, update, gradient = map(self._by_role, (*joint[:3], gradient_norms.square()))
+        before, after, update = map(self.by_role, joint[:3])
+        gradient = self.by_role(gradient_norms.square())
 
         # 1 - cos of the angle, without the difference of nearly equal numbers that W·W' would be taken from.
         far = (update.square() - (before - after).square()).clamp(min=0) / (2 * before * after)
         angle = 2 * (far / 2).clamp(max=1).sqrt().asin()
         there = before > 0  # what still is 0 has no direction, nor a size to compare with
-        vectors = {"grad_norm/layer": gradient.nan_to_num(0.0).norm(dim=1)}
+        vectors = {"grad_norm/layer": self.by_layer(gradient_norms)}
         for quantity, values in (
             ("grad_norm", gradient),
             ("weight_norm", before),
@@ -77,7 +78,7 @@ class WeightStatistics:
             ("update_ratio", torch.where(there, update / before, 0 * before)),
             ("weight_angle", torch.where(there, angle, 0 * before)),
         ):
-            vectors |= {f"{quantity}/{role}": column for role, column in zip(self.roles, values.T, strict=True)}
+            vectors |= self.named(quantity, values)
         sums = torch.cat([joint[3], joint.new_zeros(1)]) * self.scale
         return vectors | {f"learned/{part}": sums[which] for part, which in self.learned.items()}
 
@@ -89,8 +90,25 @@ class WeightStatistics:
             sums.index_add_(0, self.pieces.numbers[self.small], torch.stack(norms).to(sums))
         return sums
 
-    def _by_role(self, squares: Tensor) -> Tensor:
+    def by_role(self, squares: Tensor) -> Tensor:
         """Squares [P] of the norms of single parameters -> norms [L R]."""
+        return self._joined(squares).sqrt().where(self.has, torch.nan).view(self.n_layers, -1)
+
+    def by_layer(self, norms: Tensor) -> Tensor:
+        """Norms [P] of single parameters -> norms [L]."""
+        return self._joined(norms.square()).view(self.n_layers, -1).sum(1).sqrt()
+
+    def named(self, quantity: str, values: Tensor) -> dict[str, Tensor]:
+        """[L R] -> "quantity/role", [L]."""
+        return {f"{quantity}/{role}": column for role, column in zip(self.roles, values.T, strict=True)}
+
+    def greatest(self, quantity: str, values: Tensor) -> dict[str, Tensor]:
+        """[P] of matrices -> "quantity/role", [L]: the greatest where a layer has several of a role."""
+        cells = values.new_full((self.n_layers * len(self.roles),), -torch.inf)
+        cells.scatter_reduce_(0, self.cells, values[self.indices], "amax")
+        named = self.named(quantity, cells.where(self.has, torch.nan).view(self.n_layers, -1))
+        return {name: vector for name, vector in named.items() if name.rpartition("/")[2] in MATRICES}
+
+    def _joined(self, squares: Tensor) -> Tensor:
         joined = torch.zeros(self.n_layers * len(self.roles), dtype=torch.float64, device=squares.device)
-        joined.index_add_(0, self.cells, squares[self.indices])
-        return joined.sqrt().where(self.has, torch.nan).view(self.n_layers, -1)
+        return joined.index_add_(0, self.cells, squares[self.indices])

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from launched import free_port
+from launched import PROCESSES, free_port
 
 DEADLINE_S = 240
 
@@ -33,10 +32,9 @@ def torchrun(ranks: int, *command: str | Path, restarts: int = 0) -> subprocess.
 def run_ranks(n: int, function: Callable[..., None], *arguments: Any) -> None:
     """Errors: AssertionError with what the first rank that failed said, or for ranks that do not end."""
     port = free_port()
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
+    results = PROCESSES.SimpleQueue()
     processes = [
-        context.Process(target=_rank, args=(rank, n, port, results, function, arguments), daemon=True)
+        PROCESSES.Process(target=_rank, args=(rank, n, port, results, function, arguments), daemon=True)
         for rank in range(n)
     ]
     for process in processes:

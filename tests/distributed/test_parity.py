@@ -58,6 +58,8 @@ def chosen() -> Iterator[tuple[Row, str]]:
         ("continual backprop", "fsdp2xtp2xpp2"),
         ("continual backprop", "zero1"),
         ("LSUV", "tp2xpp2"),
+        ("statistics on request", "fsdp2xtp2xpp2"),
+        ("statistics on request", "zero1"),
     ):
         yield VARIANT_ROWS[name], layout
     for row, layout in zip(OPTIMIZER_ROWS.values(), cycle(("fsdp2", "tp2+sp", "fsdp2xtp2")), strict=False):

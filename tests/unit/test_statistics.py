@@ -12,13 +12,20 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from nlm import SCHEMES, build_model, read_layers
+from nlm import SCHEMES, build_model, load_checkpoint, read_layers
 from nlm.anatomy import Role
+from nlm.batch import Batch
+from nlm.build import build_engine
 from nlm.config import Config
 from nlm.data.corpus import Corpus
+from nlm.data.rank import RankData
+from nlm.mesh import Mesh
 from nlm.model import weights
 from nlm.optim import adamw, learning_rate
+from nlm.parallel.engine import Engine
 from nlm.statistics.draw import colour_scale, quantity_figure
+from nlm.statistics.noise import signal_and_noise
+from nlm.statistics.record import LayerStatistics
 from nlm.statistics.report import report
 from nlm.statistics.store import LayerWriter
 from nlm.train import train
@@ -158,6 +165,82 @@ def attention(tensors: dict[str, torch.Tensor], at: str, here: bool) -> dict[str
     norms = (float(x.square().sum(-1).mean().sqrt()) for x in (q, k))
     means = (float(np.mean(x)) for x in (entropy, uniform, saturated))
     return dict(zip(names, (*means, max(logits), *norms), strict=True))
+
+
+def test_what_is_learned_is_recorded_as_the_equation_sees_it(run_config: RunConfig) -> None:
+    """After the update; nGPT stores its rates at another scale than it uses them."""
+    run = train(run_config("run", {"scheme": {"name": "ngpt"}, "attention": {"score": "qknorm"}}, train={"steps": 2}))
+    layers = read_layers(run, ["learned/attn_residual.alpha", "learned/attn.score.g"])
+    model, _ = load_checkpoint(next((run / "checkpoints").iterdir()))
+    blocks = list(model.blocks.values())
+    rates = [float(block.attn_residual.part("alpha").abs().mean()) for block in blocks]
+    assert np.allclose(layers["learned/attn_residual.alpha"][-1], rates, rtol=1e-5)
+    assert np.allclose(layers["learned/attn.score.g"][-1], [float(block.attn.score.g) for block in blocks], rtol=1e-5)
+
+
+@pytest.fixture
+def requested(run_config: RunConfig) -> tuple[Engine, LayerStatistics, Batch]:
+    config = run_config("run", statistics={"spectra_every": 3, "noise_every": 2}, train={"batch_tokens": 256})
+    engine = build_engine(config, Mesh())
+    return engine, LayerStatistics(engine, config.statistics), RankData(config, Mesh()).rows(1)
+
+
+def test_spectra_are_those_of_whole_matrices(requested: tuple[Engine, LayerStatistics, Batch]) -> None:
+    engine, statistics, rows = requested
+    statistics.begin(rows, 2)
+    assert all(vector.isnan().all() for vector in statistics.requested.values()), "not due"
+    statistics.begin(rows, 3)
+    model, streams = engine.models[0], []
+    for block in model.blocks.values():
+        block.register_forward_hook(lambda _, x, y: streams.append(y[0].detach().double().numpy()))
+    model(rows.inputs)
+    for l, block in enumerate(model.blocks.values()):
+        for role, matrix in (("q", block.attn.wq), ("down", block.ffn.w_down)):
+            sizes = np.linalg.svd(matrix.weight.detach().double().numpy(), compute_uv=False)
+            assert float(statistics.requested[f"largest_singular_value/{role}"][l]) == pytest.approx(sizes[0])
+            assert float(statistics.requested[f"condition_number/{role}"][l]) == pytest.approx(
+                sizes[0] / sizes[-1], rel=1e-3
+            )
+        ranks = []
+        for row in streams[l]:
+            shares = np.linalg.svd(row, compute_uv=False)
+            shares /= shares.sum()
+            ranks.append(np.exp(-(shares * np.log(shares)).sum()))
+        assert float(statistics.requested["effective_rank/layer"][l]) == pytest.approx(np.mean(ranks), rel=1e-4)
+
+
+def test_the_noise_of_gradients(requested: tuple[Engine, LayerStatistics, Batch]) -> None:
+    """The gradient of every second row by itself; taking it changes nothing."""
+    engine, statistics, rows = requested
+    before = [tensor.clone() for tensor in engine.pieces.tensors]
+    statistics.begin(rows, 2)
+    assert all(torch.equal(a, b) for a, b in zip(engine.pieces.tensors, before, strict=True))
+    assert int(engine.optimizer.updates) == 0 and all(p.grad is None for p in engine.models[0].parameters())
+    engine.forward_backward(rows)
+    _, norms = engine.clip()
+    statistics.before_update()
+    engine.update(0.0)
+    vectors = statistics.vectors(norms)
+
+    def squared(chosen: Batch) -> np.ndarray:
+        model = build_model(engine.config)
+        loss = model(chosen.inputs, chosen.targets) / chosen.targets.numel()
+        loss.backward()
+        layers = [[p.grad.double().square().sum() for p in block.parameters()] for block in model.blocks.values()]
+        return np.array([float(sum(layer)) for layer in layers])
+
+    whole, half = squared(rows), squared(Batch(rows.tokens[::2]))
+    assert np.allclose(vectors["gradient_signal/layer"], 2 * whole - half, rtol=1e-3)
+    assert np.allclose(vectors["gradient_noise/layer"], len(rows) * (half - whole), rtol=1e-3)
+
+
+def test_signal_and_noise_are_unbiased() -> None:
+    random = np.random.default_rng(0)
+    true = random.normal(size=50)
+    rows = true + 2.0 * random.normal(size=(4000, 8, 50))  # variance 4 · 50 a row
+    norms = (torch.from_numpy(np.linalg.norm(part.mean(1), axis=1)) for part in (rows, rows[:, ::2]))
+    signal, noise = (float(x.mean()) for x in signal_and_noise(*norms, rows=8))
+    assert signal == pytest.approx(true @ true, rel=0.03) and noise == pytest.approx(200, rel=0.03)
 
 
 # storing
