@@ -6,9 +6,10 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 import numpy as np
 from rich.console import Console
@@ -18,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nlm.config import Config
 from nlm.statistics.draw import tensorboard_images
+from nlm.statistics.health import Alarm
 from nlm.statistics.store import LayerWriter, read_layers
 
 Scalars = Mapping[str, float]
@@ -34,10 +36,8 @@ class Log:
     def __enter__(self) -> Self:
         self.run.mkdir(parents=True, exist_ok=True)
         (self.run / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
-        metrics = self.run / "metrics.jsonl"
-        _forget_after(metrics, self.start)
         self._stack = ExitStack()
-        self._jsonl = self._stack.enter_context(metrics.open("a", encoding="utf-8"))
+        self._jsonl, self._alarms = (self._go_on(f"{name}.jsonl") for name in ("metrics", "alarms"))
         self._layers = self._board = None
         if self.config.statistics.enabled:
             writer = LayerWriter(self.run, self.config.model.n_layers, self.start)
@@ -55,6 +55,11 @@ class Log:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
+    def _go_on(self, name: str) -> TextIO:
+        file = self.run / name
+        _forget_after(file, self.start)
+        return self._stack.enter_context(file.open("a", encoding="utf-8"))
+
     def say(self, text: str) -> None:
         """A line for the person who watches."""
         self._progress.console.print(f"{self.name}: {text}", highlight=False)
@@ -65,10 +70,23 @@ class Log:
     def eta_s(self, step: int) -> float:
         return (time.perf_counter() - self._began) / (step - self.start) * (self.steps - step)
 
+    def alarm(self, alarm: Alarm) -> None:
+        """Says it, and keeps it in `alarms.jsonl`."""
+        self._alarms.write(json.dumps(asdict(alarm)) + "\n")
+        self._alarms.flush()
+        since = f" since step {alarm.since}" if alarm.since < alarm.step else ""
+        self.say(f"step {alarm.step}: ALARM{since}: {alarm.text}")
+
     def write(
-        self, step: int, scalars: Scalars, vectors: Mapping[str, np.ndarray] | None, facts: Mapping[str, int]
+        self,
+        step: int,
+        scalars: Scalars,
+        vectors: Mapping[str, np.ndarray] | None,
+        facts: Mapping[str, int],
+        worst: str | None = None,
     ) -> None:
-        """One logged step: scalars by name; with statistics a vector [L] a quantity; facts, which nobody draws."""
+        """One logged step: scalars by name; with statistics a vector [L] a quantity, and the worst layer in words;
+        facts, which nobody draws."""
         self._jsonl.write(json.dumps({"step": step, **scalars, **facts}) + "\n")
         self._jsonl.flush()
         if vectors is not None and self._layers is not None:

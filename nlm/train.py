@@ -25,6 +25,7 @@ from nlm.parallel.engine import Engine
 from nlm.parallel.launch import process_group
 from nlm.runtime import denormals_flushed, keep_freed_memory, peak_memory_gib, pick_device
 from nlm.statistics.diagnose import first_bad_layer
+from nlm.statistics.health import resumed_monitor
 from nlm.statistics.record import LayerStatistics
 from nlm.statistics.store import read_layers
 from nlm.stop import Stopped, StopRequest
@@ -100,6 +101,7 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
         log.say(_greeting(engine, mesh))
         if start:
             log.say(f"resuming after step {start}")
+    monitor = resumed_monitor(run.folder, engine.whole, steps, start) if log and run.statistics else None
     clock = Clock(config.train.batch_tokens)
     for step in range(start + 1, until + 1):
         evaluates, saves = due(step, steps, config.evaluate.every), due(step, until, config.checkpoint.every)
@@ -130,7 +132,10 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
                 scalars["validation_loss"] = mean_loss(engine, batches)
             facts = {"batch": batch, "batch_digest": run.data.digest(rows)}
             if log:
-                log.write(step, scalars, vectors, facts)
+                alarms = monitor.judge(step, vectors) if monitor and vectors else []
+                log.write(step, scalars, vectors, facts, monitor.worst if monitor else None)
+                for alarm in alarms:
+                    log.alarm(alarm)
         elif log:
             log.advance(step)
         if logs or reason:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -72,6 +73,9 @@ class Slot(Equation):
     """What happens to the tensor in a slot: function(x, **parts) -> tensor of the same shape."""
 
 
+Growth = Literal["constant", "linear", "logarithmic", "exponential"]
+"""How the variance of the stream goes up the stack: not at all, a + c · layer, a + c · (1 + 1/2 + … + 1/layer), or by
+the same factor at every layer."""
 Slots = Mapping[str, Slot | Norm]
 """What goes into which slot; a slot that is not named stays empty."""
 
@@ -79,6 +83,9 @@ Slots = Mapping[str, Slot | Norm]
 @dataclass(frozen=True, kw_only=True)
 class Scheme(ABC):
     """A normalization scheme. Fields are the paper's hyperparameters; the rules below are all there is to it."""
+
+    growth: ClassVar[Growth] = "linear"
+    """The law that the stream follows in a healthy model."""
 
     def sublayers(self, layer: int) -> tuple[Kind, Kind]:
         """Which sublayers a layer has, in their order."""

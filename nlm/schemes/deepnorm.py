@@ -1,11 +1,12 @@
 """DeepNorm: Post-LN with an up-weighted skip and down-scaled init (Wang et al. 2022, arXiv:2203.00555)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from nlm.anatomy import Role, Site, Weight
-from nlm.schemes.base import Branch, Fixed, Norm, Residual, Scheme, xavier
+from nlm.schemes.base import Branch, Fixed, Growth, Norm, Residual, Scheme, xavier
 
 
 def deepnorm(x: Tensor, f: Branch, norm: Branch, alpha: Tensor) -> Tensor:
@@ -19,6 +20,8 @@ class DeepNorm(Scheme):
     β is the init gain of V, O and the FFN, never of Q and K, and never a factor in the forward. The paper has
     no gated FFN: the gate keeps gain 1, because the product already carries β twice (up and down).
     """
+
+    growth: ClassVar[Growth] = "constant"
 
     def residual(self, site: Site) -> Residual:
         return Residual(deepnorm, norm=Norm(), alpha=Fixed((2 * site.n_layers) ** 0.25))

@@ -1,11 +1,12 @@
 """Fixup: no norms, but an init that keeps the first update Θ(lr) at any depth (Zhang et al. 2019, arXiv:1901.09321)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from nlm.anatomy import READS, WRITES, Role, Site, Weight
-from nlm.schemes.base import Branch, Learned, Residual, Scheme, Slot, Slots
+from nlm.schemes.base import Branch, Growth, Learned, Residual, Scheme, Slot, Slots
 
 
 def fixup(x: Tensor, f: Branch, shift: Tensor, scale: Tensor) -> Tensor:
@@ -24,6 +25,8 @@ class Fixup(Scheme):
 
     In attention only what it reads is shifted, as in the authors' Transformer.
     """
+
+    growth: ClassVar[Growth] = "exponential"
 
     def residual(self, site: Site) -> Residual:
         return Residual(fixup, shift=Learned((), 0.0), scale=Learned((), 1.0))

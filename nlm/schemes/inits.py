@@ -19,6 +19,9 @@ class Init(Scheme):
 
     scheme: Scheme
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "growth", self.scheme.growth)
+
     def sublayers(self, layer: int) -> tuple[Kind, Kind]:
         return self.scheme.sublayers(layer)
 

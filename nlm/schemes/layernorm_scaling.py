@@ -4,11 +4,12 @@ So its stream's variance, and with it the deep layers' nearness to the identity,
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from nlm.anatomy import Site
-from nlm.schemes.base import Branch, Fixed, Norm, Residual, Scheme, Slots
+from nlm.schemes.base import Branch, Fixed, Growth, Norm, Residual, Scheme, Slots
 
 
 def layernorm_scaling(x: Tensor, f: Branch, norm: Branch, scale: Tensor) -> Tensor:
@@ -18,6 +19,8 @@ def layernorm_scaling(x: Tensor, f: Branch, norm: Branch, scale: Tensor) -> Tens
 @dataclass(frozen=True, kw_only=True)
 class LayerNormScaling(Scheme):
     """Both sublayers of a layer have the same l, counted from 1; the final norm is as it was."""
+
+    growth: ClassVar[Growth] = "logarithmic"
 
     def residual(self, site: Site) -> Residual:
         return Residual(layernorm_scaling, norm=Norm(), scale=Fixed((site.layer + 1) ** -0.5))

@@ -5,12 +5,13 @@ channel; matrices are projected back to unit norm along the stream's axis after 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from nlm.anatomy import Group, Site, Weight
 from nlm.norms import unit
-from nlm.schemes.base import Branch, Fixed, Learned, Residual, Scheme, Slot, Slots, stream_axis
+from nlm.schemes.base import Branch, Fixed, Growth, Learned, Residual, Scheme, Slot, Slots, stream_axis
 
 
 def ngpt(x: Tensor, f: Branch, alpha: Tensor) -> Tensor:
@@ -33,6 +34,8 @@ class NGPT(Scheme):
     """`alpha`: the initial rate, by default 0.05 up to 20 layers and 1/L beyond (the paper: "order of 1/L")."""
 
     alpha: float | None = None
+
+    growth: ClassVar[Growth] = "constant"
 
     def residual(self, site: Site) -> Residual:
         init = min(0.05, 1 / site.n_layers) if self.alpha is None else self.alpha

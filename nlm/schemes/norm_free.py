@@ -4,11 +4,12 @@ There, without norms, ReLU does better than GELU, which with them is the better 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from nlm.anatomy import Site, Weight
-from nlm.schemes.base import Branch, Norm, Residual, Scheme, Slots
+from nlm.schemes.base import Branch, Growth, Norm, Residual, Scheme, Slots
 
 
 def plain(x: Tensor, f: Branch) -> Tensor:
@@ -21,6 +22,8 @@ class NormFree(Scheme):
     matrices, too, have no less of it."""
 
     init_std: float = 0.02
+
+    growth: ClassVar[Growth] = "exponential"
 
     def residual(self, site: Site) -> Residual:
         return Residual(plain)

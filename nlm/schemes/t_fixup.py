@@ -2,9 +2,10 @@
 Through Better Initialization")."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nlm.anatomy import Role, Site, Weight
-from nlm.schemes.base import Fixed, Residual, Scheme, Slot, Slots, scaled
+from nlm.schemes.base import Fixed, Growth, Residual, Scheme, Slot, Slots, scaled
 from nlm.schemes.norm_free import plain
 
 
@@ -16,6 +17,8 @@ class TFixup(Scheme):
     three. The embedding is multiplied by sqrt(D), as in the Transformer that the paper starts from. The paper has no
     gate: it keeps gain 1, because the product carries the factor twice already.
     """
+
+    growth: ClassVar[Growth] = "exponential"
 
     def residual(self, site: Site) -> Residual:
         return Residual(plain)

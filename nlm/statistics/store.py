@@ -60,14 +60,7 @@ def read_layers(run: str | Path, names: Iterable[str] | None = None) -> dict[str
 
     Errors: ValueError for a run without statistics, or one without a statistic of that name.
     """
-    files = _files(Path(run))
-    ends = [start for start, _ in files[1:]] + [inf]
-    batches = [
-        batch
-        for (_, file), end in zip(files, ends, strict=True)
-        for batch in _whole_batches(file)
-        if batch[STEP][0].as_py() <= end
-    ]
+    batches = _batches(Path(run))
     if not batches:
         raise ValueError(f"{run}: no layer statistics; give the folder of a run with statistics.enabled = true")
     table = pa.Table.from_batches(batches)
@@ -76,6 +69,28 @@ def read_layers(run: str | Path, names: Iterable[str] | None = None) -> dict[str
         raise ValueError(f"{run}: no statistic {', '.join(missing)}; there are {', '.join(table.column_names)}")
     steps = table[STEP].to_numpy()
     return {STEP: steps} | {name: _matrix(table[name], len(steps)) for name in chosen}
+
+
+def recent_layers(run: Path, until: int, n: int) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
+    """The last `n` steps recorded up to step `until`, in order, and their vectors [L]; none of a run without any."""
+    batches = [batch for batch in _batches(run) if batch[STEP][0].as_py() <= until]
+    for batch in batches[-n:]:
+        yield (
+            batch[STEP][0].as_py(),
+            {name: batch[name].flatten().to_numpy() for name in batch.schema.names if name != STEP},
+        )
+
+
+def _batches(run: Path) -> list[pa.RecordBatch]:
+    """A record batch a step, without what was made again."""
+    files = _files(run)
+    ends = [start for start, _ in files[1:]] + [inf]
+    return [
+        batch
+        for (_, file), end in zip(files, ends, strict=True)
+        for batch in _whole_batches(file)
+        if batch[STEP][0].as_py() <= end
+    ]
 
 
 def _files(run: Path) -> list[tuple[int, Path]]:
