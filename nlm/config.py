@@ -346,7 +346,7 @@ class StatisticsConfig(Section):
 
     enabled: bool = True
     images_every: PositiveInt = 100
-    queries: PositiveInt = 16
+    queries: PositiveInt = 4
     spectra_every: NonNegativeInt = 0
     noise_every: NonNegativeInt = 0
 

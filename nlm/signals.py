@@ -9,7 +9,8 @@ from torch import Tensor
 
 INSIDE = ("entropy", "saturated", "max_logit", "q_squares", "k_squares")
 """What attention shows of its heads; of what a rank has of them."""
-STREAM = ("branch_sum", "branch_squares", "branch_max", "stream_sum", "stream_squares", "stream_max", "product")
+MOMENTS = ("sum", "squares", "min", "max")
+STREAM = (*(f"{of}_{name}" for of in ("branch", "stream") for name in MOMENTS), "product")
 """What every sublayer shows of its branch and of the stream it leaves, "product" that with the stream it was given."""
 COLUMNS = (*INSIDE, *STREAM)
 
@@ -64,10 +65,10 @@ class Signals:
 
 
 @torch.no_grad()
-def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[…] -> its sum, sum of squares and largest |x|, [] each, in float32 or more."""
+def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[…] -> MOMENTS of its elements, [] each, in float32 or more."""
     x = _flat(x)
-    return x.sum(), x.dot(x), torch.linalg.vector_norm(x, torch.inf)
+    return x.sum(), x.dot(x), *x.aminmax()
 
 
 @torch.no_grad()
@@ -84,4 +85,4 @@ def product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32)).flatten()
+    return (x if x.dtype in (torch.float32, torch.float64) else x.float()).flatten()

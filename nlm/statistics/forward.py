@@ -1,6 +1,6 @@
 """Statistics of the forward, and of the stream's gradient: what the ranks' parts of the stack have shown in a step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -15,7 +15,7 @@ from nlm.signals import COLUMNS, INSIDE, Signals
 DORMANT = 0.025
 """A hidden unit is dormant when its mean |a| is at most this share of that of its sublayer (Sokar et al. 2023,
 arXiv:2302.12902, definition 3.1)."""
-MAXIMA = torch.tensor(["max" in name for name in COLUMNS])
+MINIMA, MAXIMA = (torch.tensor([which in name for name in COLUMNS]) for which in ("min", "max"))
 
 
 class ForwardStatistics:
@@ -57,7 +57,7 @@ class ForwardStatistics:
 
     def _vectors(self) -> Iterator[tuple[str, Tensor]]:
         model, config = self.engine.whole.config, self.engine.config
-        rows, activity, gradients, uniform = self._joined()
+        rows, dead, dormant, gradients, uniform = self._joined()
         tokens, elements = config.train.batch_tokens, config.train.batch_tokens * model.dim
         watched = config.batch_rows * min(self.queries, config.train.seq_len)
         columns = dict(zip(COLUMNS, rows.unbind(1), strict=True))  # [1+2L] each
@@ -65,7 +65,8 @@ class ForwardStatistics:
         def moments(of: str) -> dict[str, Tensor]:
             mean, square = columns[f"{of}_sum"] / elements, columns[f"{of}_squares"] / elements
             variance = (square - mean.square()).clamp(min=0)
-            return {"rms": square.sqrt(), "mean": mean, "variance": variance, "max": columns[f"{of}_max"]}
+            largest = torch.maximum(columns[f"{of}_max"], -columns[f"{of}_min"])
+            return {"rms": square.sqrt(), "mean": mean, "variance": variance, "max": largest}
 
         streams = moments("stream")
         everywhere = {f"stream_{name}_in": stream[:-1] for name, stream in streams.items()}
@@ -81,7 +82,6 @@ class ForwardStatistics:
             "q_norm": (columns["q_squares"] / (tokens * model.n_heads)).sqrt(),
             "k_norm": (columns["k_squares"] / (tokens * model.n_kv_heads)).sqrt(),
         }
-        dead, dormant = self._idle(activity)
         yield from self._placed(everywhere, [*self.attention, *self.hidden])
         yield from self._placed({name: values[1:] for name, values in heads.items()}, self.attention)
         yield from self._placed({"dead_units": dead, "dormant_units": dormant}, self.hidden)
@@ -93,51 +93,54 @@ class ForwardStatistics:
             padded = torch.cat([values, values.new_full((1,), torch.nan)])
             yield from ((f"{quantity}/{name}", padded[self.places[name]]) for name in names)
 
-    def _joined(self) -> tuple[Tensor, dict[int, Tensor], Tensor, Tensor]:
+    def _joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """-> over all microbatches and ranks: of COLUMNS [1+2L C], the first row the stream before the first layer;
-        Σ |a| of this rank's hidden units [F/n] by sublayer; Σ gradient² [L]; Σ uniform entropy []."""
-        mesh, tp = self.mesh, self.mesh.tp
-        n_rows, n_columns = 1 + 2 * self.n_layers, len(COLUMNS)
-        flat = torch.zeros(n_rows * n_columns + self.n_layers + 1, dtype=torch.float64, device=mesh.device)
-        rows, gradients, uniform = flat.split([n_rows * n_columns, self.n_layers, 1])
-        rows = rows.view(n_rows, n_columns)
-        largest = torch.full_like(rows, -torch.inf)
-        activity: dict[int, Tensor] = {}
+        the shares [2L] of hidden units that are dead, and dormant; Σ gradient² [L]; Σ uniform entropy []."""
+        mesh, tp, n_layers = self.mesh, self.mesh.tp, self.n_layers
+        sizes = [(1 + 2 * n_layers) * len(COLUMNS), 2 * n_layers, n_layers, 1]
+        flat = torch.zeros(sum(sizes), dtype=torch.float64, device=mesh.device)
+        rows, activity, gradients, uniform = flat.split(sizes)
+        rows = rows.view(-1, len(COLUMNS))
+        extremes = torch.full_like(rows, -torch.inf)
+        minima, maxima = MINIMA.to(rows.device), MAXIMA.to(rows.device)
+        units: list[tuple[Tensor, Tensor]] = []
         for model in self.engine.models:
             signals = model.signals
             assert signals is not None and signals.rows, "the step was not recorded"
             table = torch.stack(signals.rows).to(rows)  # [M 1+2l C]
             skip = 0 if model.part.first else 1  # what enters a later part is what left the one before it
             here = slice(2 * model.part.layers.start + skip, 2 * model.part.layers.stop + 1)
-            rows[here], largest[here] = table.sum(0)[skip:], table.amax(0)[skip:]
+            rows[here] = table.sum(0)[skip:]
+            extremes[here] = table.where(~minima, -table).amax(0)[skip:]
             for layer, microbatches in signals.gradients.items():
                 gradients[layer] = torch.stack(microbatches).to(rows).sum()
             if model.part.first and tp.rank == 0:
                 uniform += torch.stack(signals.uniform).sum()
-            ffns = [i for i in self.ffns if i // 2 in model.part.layers]
-            if ffns:
+            if signals.activity:
                 sums = torch.stack(signals.activity).to(rows).sum(0)  # [N F/n]
-                for axis in DATA_AXES:
-                    if group := mesh.group(axis):
-                        dist.all_reduce(sums, group=group)
-                activity |= dict(zip(ffns, sums, strict=True))
+                for group in (group for axis in DATA_AXES if (group := mesh.group(axis))):
+                    dist.all_reduce(sums, group=group)
+                ffns = [i for i in self.ffns if i // 2 in model.part.layers]
+                units.append((torch.tensor(ffns, device=mesh.device), sums))
+        if mesh.data_rank == 0:  # the others have the same
+            for numbers, sums in units:
+                activity[numbers] = sums.sum(1)
         if tp.rank > 0 and not tp.sequence:  # it has the same stream as the first, but other heads
             rows[:, len(INSIDE) :] = 0
             gradients.zero_()
         mesh.sum(flat)
         # A maximum may miss what is no number; a sum does not.
-        maxima = mesh.max(largest).where(~rows.isnan(), torch.nan)
-        return rows.where(~MAXIMA.to(rows.device), maxima), activity, gradients, uniform[0]
+        extremes = mesh.max(extremes).where(~rows.isnan(), torch.nan)
+        rows = torch.where(minima, -extremes, torch.where(maxima, extremes, rows))
+        return rows, *self._idle(units, activity), gradients, uniform[0]
 
-    def _idle(self, activity: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """Σ |a| of this rank's hidden units [F/n] by sublayer -> [2L] each: the shares that are dead, and dormant."""
+    def _idle(self, units: Sequence[tuple[Tensor, Tensor]], activity: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ |a| of this rank's hidden units [N F/n] with the numbers of their N sublayers, and of all units of each of
+        the 2L -> the shares [2L] of units that are dead, and dormant."""
         n_units = self.engine.whole.config.ffn_dim
-        joint = torch.zeros(3, 2 * self.n_layers, dtype=torch.float64, device=self.mesh.device)
-        mine = activity if self.mesh.data_rank == 0 else {}  # the data parallel ranks have it joined already
-        for i, sums in mine.items():
-            joint[0, i] = sums.sum()
-        total = self.mesh.sum(joint[0])
-        for i, sums in mine.items():
-            joint[1, i], joint[2, i] = (sums == 0).sum(), (sums <= DORMANT * total[i] / n_units).sum()
-        dead, dormant = self.mesh.sum(joint[1:]) / n_units
-        return dead.where(~total.isnan(), torch.nan), dormant.where(~total.isnan(), torch.nan)
+        counts = torch.zeros(2, 2 * self.n_layers, dtype=torch.float64, device=self.mesh.device)
+        for ffns, sums in units if self.mesh.data_rank == 0 else ():
+            counts[0, ffns] = (sums == 0).sum(1).to(counts)
+            counts[1, ffns] = (sums <= DORMANT / n_units * activity[ffns, None]).sum(1).to(counts)
+        dead, dormant = (self.mesh.sum(counts) / n_units).where(~activity.isnan(), torch.nan)
+        return dead, dormant

@@ -21,11 +21,16 @@ WINDOW = 32
 """How many recorded steps are looked back on."""
 LEAST = 8
 """How many it takes to say what is usual."""
-JUMPS = {"weight_norm": 3.0, "branch_rms": 10.0, "stream_rms_out": 10.0, "grad_norm": 100.0}
+JUMPS = {  # causes before effects
+    "weight_norm": 3.0,
+    "branch_rms": 20.0,
+    "stream_rms_out": 20.0,
+    "grad_norm": 100.0,
+}
 """By which factor a layer may differ from its own past, beside what the other layers do."""
 SPREADS = 8.0
 """Or by how many times the spread of its past."""
-LAW = 10.0
+LAW = 30.0
 """By which factor a layer may differ from a law over depth."""
 UPDATE = 0.5
 """Up to which share of a matrix a step may change, again and again."""
@@ -127,9 +132,9 @@ def resumed_monitor(run: Path, whole: Transformer, last_step: int, start: int) -
 
 def _jumps(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
     """Layers that leave their own past behind while the others do not."""
-    for name in monitor.past:
-        quantity, _, part = name.partition("/")
-        if quantity not in JUMPS or (quantity in ("weight_norm", "grad_norm") and part not in MATRICES):
+    for quantity, name in ((quantity, name) for quantity in JUMPS for name in monitor.past):
+        of, _, part = name.partition("/")
+        if of != quantity or (of in ("weight_norm", "grad_norm") and part not in MATRICES):
             continue
         past = np.log(np.stack(monitor.past[name]))
         usual = np.nanmedian(past, 0)
@@ -142,7 +147,7 @@ def _jumps(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
             continue
         tolerance = np.maximum(log(JUMPS[quantity]), SPREADS * spread)
         yield from _worst(
-            "jump", name, np.exp(usual + common), now[name], (moved - common) / tolerance, "as in the steps before"
+            "jump", name, np.exp(usual + common), now[name], (moved - common) / tolerance, "{} as in the steps before"
         )
 
 
@@ -150,7 +155,7 @@ def _stream(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
     name = _last(now, "stream_variance_out")
     expected = stream_law(now[name], monitor.growth)
     severity = np.abs(np.log(now[name] / expected)) / log(LAW)
-    yield from _worst("law", name, expected, now[name], severity, f"by the {monitor.growth} law over depth")
+    yield from _worst("law", name, expected, now[name], severity, f"{{}} by the {monitor.growth} law over depth")
 
 
 def _gradient(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
@@ -158,7 +163,12 @@ def _gradient(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
     expected = gradient_law(gradients, stream)
     severity = np.abs(np.log(gradients / expected)) / log(LAW)
     yield from _worst(
-        "law", "stream_grad_rms/layer", expected, gradients, severity, "by the size of the stream it is the gradient of"
+        "law",
+        "stream_grad_rms/layer",
+        expected,
+        gradients,
+        severity,
+        "{} as near the last layers, relative to the stream",
     )
 
 
@@ -166,12 +176,14 @@ def _shares(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
     for name, values in now.items():
         quantity, _, part = name.partition("/")
         if quantity == "update_ratio" and part in MATRICES:
-            yield from _worst("share", name, UPDATE, values, values / UPDATE, f"below {UPDATE} of the weights a step")
+            yield from _worst("share", name, UPDATE, values, values / UPDATE, "less than {} of the weights a step")
         if quantity in ("attention_saturated", "dead_units"):
-            yield from _worst("share", name, SHARE, values, values / SHARE, f"below {SHARE}")
+            yield from _worst("share", name, SHARE, values, values / SHARE, "less than {}")
         if quantity == "attention_entropy":
             least = COLLAPSED * now[f"attention_uniform/{part}"]
-            yield from _worst("share", name, least, values, least / values, f"above {COLLAPSED} of uniform attention's")
+            yield from _worst(
+                "share", name, least, values, least / values, f"more than {{}}, {COLLAPSED} of uniform attention's"
+            )
 
 
 def _forecasts(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
@@ -187,8 +199,7 @@ def _forecasts(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
         else:
             continue
         steps = np.array([*monitor.steps, step], dtype=np.float64)[-len(values) :]
-        severity = np.log(values[-1]) / log(limit)
-        when = np.full_like(severity, step)
+        severity, when = np.log(values[-1]) / log(limit), np.full(len(values[-1]), step)
         if len(values) >= 2 * LEAST:
             half = len(values) // 2
             slope, certainty = rate(steps, values)
@@ -197,9 +208,10 @@ def _forecasts(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
             near = (left < AHEAD * (steps[-1] - steps[0])) & (step + left < monitor.last_step)
             grows = (slope > 0) & (certainty > CERTAIN) & ~slowing & near
             severity, when = np.where(grows, np.maximum(severity, 1.0), severity), np.where(grows, step + left, when)
-        for finding in _worst("forecast", name, limit, values[-1], severity, ""):
-            why = f"below {limit:g}, {what}, which it reaches at step {when[finding.layer]:.0f} as it grows"
-            yield replace(finding, why=why)
+        for finding in _worst("forecast", name, limit, values[-1], severity, f"less than {{}}, {what}"):
+            reached = when[finding.layer]
+            soon = f", which it will reach at step {reached:.0f}" if reached > step else ""
+            yield replace(finding, why=finding.why + soon)
 
 
 def _last(now: Vectors, quantity: str) -> str:
@@ -215,7 +227,7 @@ def _worst(
     layer = int(severity.argmax())
     if np.isfinite(severity[layer]):
         of = float(np.broadcast_to(expected, severity.shape)[layer])
-        yield Finding(kind, name, layer, of, float(seen[layer]), float(severity[layer]), f"{of:.3g} {why}".strip())
+        yield Finding(kind, name, layer, of, float(seen[layer]), float(severity[layer]), why.format(f"{of:.3g}"))
 
 
 CHECKS = (_jumps, _stream, _gradient, _shares, _forecasts)
