@@ -211,7 +211,7 @@ class FeedForward(nn.Module):
             self.observe(hidden)
         if watch is not None:
             activity = precise(hidden.detach()).abs().sum((0, 1))
-            watch.seen.extend((activity, *[activity.new_zeros(())] * len(INSIDE)))
+            watch.seen.extend((activity, activity.new_zeros(len(INSIDE))))
         return self.w_down(hidden)
 
 
@@ -224,6 +224,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, design: Design, layer: int) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.n_units = len(design.spans["hidden"])
         first: ResidualModule | None = None
         for place, kind in enumerate(design.scheme.sublayers(layer)):
             site = design.site(layer, kind, place)
@@ -241,7 +242,7 @@ class Block(nn.Module):
         mask: Tensor | None,
         keys: Tensor | None,
         visible: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor] | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """x [B S D] -> x [B S D] and, with the keys that are `visible` to the watched queries, what sublayers show."""
         watch = None if visible is None else Watch(visible, [])
         for name in self.names:
@@ -249,8 +250,10 @@ class Block(nn.Module):
             branch = partial(sublayer, watch=watch)
             if isinstance(sublayer, Attention):
                 branch = partial(branch, rotary=rotary, mask=mask)
+                if watch is not None:
+                    watch.seen.append(torch.zeros(self.n_units, device=x.device))
             x = getattr(self, f"{name}_residual")(x, branch, watch, keys)
-        return x, None if watch is None else watch.seen
+        return x, None if watch is None else torch.cat(watch.seen).view(2, -1)
 
 
 class CrossEntropy(nn.Module):
@@ -348,7 +351,7 @@ class Transformer(nn.Module):
         if self.logits is not None:
             self.logits.inside = True  # type: ignore[assignment]
         self.cross_entropy = CrossEntropy(spans["vocab"], tp)
-        self.call_block: Callable[..., tuple[Tensor, list[Tensor] | None]] = lambda block, *args: block(*args)
+        self.call_block: Callable[..., tuple[Tensor, Tensor | None]] = lambda block, *args: block(*args)
         # An attribute, not an argument: what wraps a model copies its arguments, lists among them.
         self.signals: Signals | None = None
         self.precision = "fp32"
@@ -388,16 +391,14 @@ class Transformer(nn.Module):
         if segments is None and self.config.is_encoder:
             segments = torch.zeros(1, seq_len, dtype=torch.int64, device=x.device)
         mask = None if segments is None else document_mask(segments, causal=not self.config.is_encoder)
-        signals, visible, first, seen = self.signals, None, x, []
+        signals, visible = self.signals, None
         if signals is not None:
             visible = keys_seen(mask, seq_len, signals.queries, x.device)
-        for layer, block in self.blocks.items():
+            signals.begin(x, len(self.blocks), uniform_entropy(visible, len(x)))
+        for place, (layer, block) in enumerate(self.blocks.items()):
             x, shown = self.call_block(block, x, rotary, mask, keys, visible)
             if signals is not None and shown is not None:
-                seen += shown
-                signals.follow(x, int(layer))
-        if signals is not None and visible is not None:
-            signals.add(first, seen, uniform_entropy(visible, len(x)))
+                signals.add(place, shown, x, int(layer))
         if not self.part.last:
             return x
         logits = self._logits(x)

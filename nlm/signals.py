@@ -1,7 +1,6 @@
 """What a recorded step shows of itself while it computes: sums and maxima over the elements of the tensors that pass
 by, which add up over microbatches and ranks."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ COLUMNS = (*INSIDE, *STREAM)
 
 class Watch(NamedTuple):
     """What the sublayers of a block are asked to show: attention, of the queries of which `visible` [… Q S] says which
-    keys they see; and where they put it."""
+    keys they see; and where they put it, vectors that make up a row each: Σ |a| of the F/n hidden units, COLUMNS."""
 
     visible: Tensor
     seen: list[Tensor]
@@ -31,58 +30,61 @@ class Signals:
 
     def __init__(self, queries: int) -> None:
         self.queries = queries
-        self.rows: list[Tensor] = []
-        """[1+2L C] of COLUMNS: the stream before the first layer, then the sublayers."""
-        self.activity: list[Tensor] = []
-        """[N F/n]: Σ |a| of the hidden units of the N feed-forward sublayers."""
+        self.units: list[Tensor] = []
+        """[2L F/n]: Σ |a| of the hidden units, 0 for attention."""
+        self.columns: list[Tensor] = []
+        """[1+2L C]: the stream before the first layer, then the sublayers."""
         self.uniform: list[Tensor] = []
         """[]: the sum of the entropies that attention would have if it were uniform, of one head."""
         self.gradients: dict[int, list[Tensor]] = {}
         """By layer, []: the sum of squares of the loss's gradient by the stream after it."""
 
-    def add(self, first: Tensor, seen: Sequence[Tensor], uniform: Tensor) -> None:
-        """What one forward has seen: the stream before the first layer, and of every sublayer its columns, [] each,
-        and the activity of its hidden units where it has them."""
-        self.elements = first.numel()
-        nothing = torch.zeros((), device=first.device)
-        before = [nothing] * COLUMNS.index("stream_sum") + [*moments(first), nothing]
-        self.rows.append(torch.stack([*before, *(x for x in seen if not x.dim())]).view(-1, len(COLUMNS)))
-        if activity := [x for x in seen if x.dim()]:
-            self.activity.append(torch.stack(activity))
+    def begin(self, x: Tensor, n_layers: int, uniform: Tensor) -> None:
+        """A forward of the stream x through so many layers. It lays out at once what it has seen in the end: small
+        tensors that stay between large ones that go would leave memory in pieces."""
+        self.elements, self.n_layers = x.numel(), n_layers
+        columns = torch.zeros(1 + 2 * n_layers, len(COLUMNS), dtype=_flat(x).dtype, device=x.device)
+        columns[0, -len(MOMENTS) - 1 : -1] = moments(x)
+        self.columns.append(columns)
         self.uniform.append(uniform)
 
-    def follow(self, x: Tensor, layer: int) -> None:
-        """Looks at the gradient of the stream after a layer when it comes."""
+    def add(self, place: int, rows: Tensor, x: Tensor, layer: int) -> None:
+        """What the block at `place` in the part has seen [2 F/n+C], and the stream x that leaves it."""
+        n_units = rows.shape[1] - len(COLUMNS)
+        if place == 0:
+            self.units.append(rows.new_empty(2 * self.n_layers, n_units))
+        here = slice(2 * place, 2 * place + 2)
+        self.units[-1][here] = rows[:, :n_units]
+        self.columns[-1][1:][here] = rows[:, n_units:]
         if x.requires_grad:
             x.register_hook(lambda gradient: self.gradients.setdefault(layer, []).append(squares(gradient)))
 
     def rms(self) -> Tensor:
         """Of one forward -> [L 2 3]: of the stream before each sublayer, of what that gives, of the stream after it."""
-        (rows,) = self.rows
-        branch, stream = (rows[:, COLUMNS.index(name)] for name in ("branch_squares", "stream_squares"))
+        (columns,) = self.columns
+        branch, stream = (columns[:, COLUMNS.index(name)] for name in ("branch_squares", "stream_squares"))
         squares = torch.stack([stream[:-1], branch[1:], stream[1:]], -1) / self.elements
         return squares.sqrt().view(-1, 2, 3)
 
 
-@torch.no_grad()
-def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[…] -> MOMENTS of its elements, [] each, in float32 or more."""
+def moments(x: Tensor) -> Tensor:
+    """[…] -> MOMENTS of its elements [4], in float32 or more."""
     x = _flat(x)
-    return x.sum(), x.dot(x), *x.aminmax()
+    return torch.stack([x.sum(), x.dot(x), *x.aminmax()])
 
 
-@torch.no_grad()
+def stream_signals(x: Tensor, y: Tensor) -> Tensor:
+    """The stream before a sublayer and after it -> MOMENTS of the second, and the product with the first [5]."""
+    y = _flat(y)
+    return torch.stack([y.sum(), y.dot(y), *y.aminmax(), y.dot(_flat(x))])
+
+
 def squares(x: Tensor) -> Tensor:
     """[…] -> []: the sum of squares, in float32 or more."""
-    x = _flat(x)
-    return x.dot(x)
-
-
-@torch.no_grad()
-def product(x: Tensor, y: Tensor) -> Tensor:
-    """[…], […] -> []: the sum of products, in float32 or more."""
-    return _flat(x).dot(_flat(y))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x.detach(), dtype=dtype).square()  # of any layout in memory, without a copy
 
 
 def _flat(x: Tensor) -> Tensor:
-    return (x if x.dtype in (torch.float32, torch.float64) else x.float()).flatten()
+    x = x.detach().flatten()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

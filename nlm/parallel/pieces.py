@@ -54,6 +54,7 @@ class Pieces:
         order = {name: i for i, name in enumerate(self.weights)}
         self.numbers = torch.tensor([order[h.name] for h in self.held], device=self.mesh.device)
         """[N]: of each piece, the number of its parameter."""
+        self._divides = any(len(self._exact(self.tensors[i])) > 1 for i in self.counted)
         places = [order[self.held[i].name] for i in self.counted for _ in self._exact(self.tensors[i])]
         self._places = torch.tensor(places, dtype=torch.int64, device=self.mesh.device)
 
@@ -98,7 +99,9 @@ class Pieces:
         """
         squares = torch.zeros(len(self.weights), dtype=torch.float64, device=self.mesh.device)
         if self.counted:
-            parts = [part for i in self.counted for part in self._exact(tensors[i])]
+            parts: Sequence[Tensor] = [tensors[i] for i in self.counted]
+            if self._divides:
+                parts = [part for tensor in parts for part in self._exact(tensor)]
             norms = torch.stack(torch._foreach_norm(parts))
             squares.index_add_(0, self._places, norms.to(squares).square())
         return squares

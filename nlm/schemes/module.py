@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nlm.anatomy import Axis, Role, Site, Span
 from nlm.random import uniform
 from nlm.schemes.base import Branch, Equation, Fixed, Learned, Norm, Residual
-from nlm.signals import Watch, moments, product
+from nlm.signals import Watch, moments, stream_signals
 
 MakeNorm = Callable[[Span, Site], nn.Module]
 """width, site -> the configured norm layer."""
@@ -128,7 +128,7 @@ class ResidualModule(EquationModule):
                 parts[self.branch_end] = partial(_times, parts[self.branch_end], kept[:, None, None])
         y = self.function(x, branch, **parts)
         if watch is not None:
-            watch.seen.extend((*moments(y), product(x, y)))
+            watch.seen.append(stream_signals(x, y))
         return y
 
 
@@ -139,5 +139,5 @@ def _times(branch: Branch, factor: Tensor, x: Tensor) -> Tensor:
 
 def _shown(branch: Branch, seen: list[Tensor], x: Tensor) -> Tensor:
     y = branch(x)
-    seen.extend(moments(y))
+    seen.append(moments(y))
     return y

@@ -60,7 +60,7 @@ class Score(nn.Module, ABC):
 
     def pairs(self, q: Tensor, k: Tensor) -> Tensor:
         """Some of the queries [B Q H Dh], all keys -> [B H Q S], what `weigh` takes: q·k / sqrt(Dh)."""
-        return torch.einsum("bshd,bthd->bhst", q, for_each_query(k, q)) * q.shape[-1] ** -0.5
+        return products(q, k) * q.shape[-1] ** -0.5
 
     @abstractmethod
     def weigh(self, pairs: Tensor, visible: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class PlacedScore(Score):
         q, k = self.normalize(q, k)
         q, k = place_q(q), place_k(k)
         if watch is not None:
-            watch.seen.extend((*self.shown(q, k, watch.visible), squares(q), squares(k)))
+            watch.seen.append(torch.stack([*self.shown(q, k, watch.visible), squares(q), squares(k)]))
         return self.attend(q, k, v, mask)
 
 
@@ -115,9 +115,15 @@ class Weighed(PlacedScore):
         return torch.einsum("bhst,bthd->bshd", weights.to(v.dtype), for_each_query(v, q))
 
 
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """[B Q H Dh], [B S Hkv Dh] -> [B H Q S]: of each query with each key."""
+    return q.transpose(1, 2) @ for_each_query(k, q).permute(0, 2, 3, 1)
+
+
 def for_each_query(x: Tensor, q: Tensor) -> Tensor:
     """[B S Hkv Dh] -> [B S H Dh], the head that each of q's heads attends with."""
-    return x.repeat_interleave(q.shape[2] // x.shape[2], dim=2)
+    groups = q.shape[2] // x.shape[2]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=2)
 
 
 def visible(q: Tensor, mask: Tensor | None) -> Tensor:

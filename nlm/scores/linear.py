@@ -100,5 +100,5 @@ class NaLaFormer(Linear):
             features([place(part) for part in parts]) for place, parts in ((place_q, q_parts), (place_k, k_parts))
         )
         if watch is not None:
-            watch.seen.extend((*self.shown(q_placed, k_placed, watch.visible), squares(q), squares(k)))
+            watch.seen.append(torch.stack([*self.shown(q_placed, k_placed, watch.visible), squares(q), squares(k)]))
         return linear_attention(q_placed, k_placed, for_each_query(v, q), mask) / total

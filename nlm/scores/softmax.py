@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nlm.activations import soft_cap
 from nlm.anatomy import Role, Span
 from nlm.norms import NormSite, RMSNorm, unit
-from nlm.scores.base import Heads, PlacedScore, Weighed, for_each_query, softmax_attention
+from nlm.scores.base import Heads, PlacedScore, Weighed, products, softmax_attention
 
 
 class Softmax(PlacedScore):
@@ -23,7 +23,7 @@ class Softmax(PlacedScore):
 
     def pairs(self, q: Tensor, k: Tensor) -> Tensor:
         q, k, scale = self.scaled(q, k)
-        return torch.einsum("bshd,bthd->bhst", q, for_each_query(k, q)) * scale
+        return products(q, k) * scale
 
     def weigh(self, pairs: Tensor, visible: Tensor) -> Tensor:
         return softmax(pairs, visible)

@@ -106,8 +106,8 @@ class ForwardStatistics:
         units: list[tuple[Tensor, Tensor]] = []
         for model in self.engine.models:
             signals = model.signals
-            assert signals is not None and signals.rows, "the step was not recorded"
-            table = torch.stack(signals.rows).to(rows)  # [M 1+2l C]
+            assert signals is not None and signals.columns, "the step was not recorded"
+            table = torch.stack(signals.columns).to(rows)  # [M 1+2l C]
             skip = 0 if model.part.first else 1  # what enters a later part is what left the one before it
             here = slice(2 * model.part.layers.start + skip, 2 * model.part.layers.stop + 1)
             rows[here] = table.sum(0)[skip:]
@@ -116,12 +116,12 @@ class ForwardStatistics:
                 gradients[layer] = torch.stack(microbatches).to(rows).sum()
             if model.part.first and tp.rank == 0:
                 uniform += torch.stack(signals.uniform).sum()
-            if signals.activity:
-                sums = torch.stack(signals.activity).to(rows).sum(0)  # [N F/n]
+            ffns = torch.tensor([i for i in self.ffns if i // 2 in model.part.layers], device=mesh.device)
+            if len(ffns):
+                sums = torch.stack(signals.units)[:, ffns - 2 * model.part.layers.start].to(rows).sum(0)  # [N F/n]
                 for group in (group for axis in DATA_AXES if (group := mesh.group(axis))):
                     dist.all_reduce(sums, group=group)
-                ffns = [i for i in self.ffns if i // 2 in model.part.layers]
-                units.append((torch.tensor(ffns, device=mesh.device), sums))
+                units.append((ffns, sums))
         if mesh.data_rank == 0:  # the others have the same
             for numbers, sums in units:
                 activity[numbers] = sums.sum(1)

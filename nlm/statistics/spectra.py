@@ -24,7 +24,7 @@ class Features(Signals):
         self.tp, self.n_rows = tp, n_rows
         self.ranks: dict[int, Tensor] = {}
 
-    def follow(self, x: Tensor, layer: int) -> None:
+    def add(self, place: int, rows: Tensor, x: Tensor, layer: int) -> None:
         whole = self.tp.enter(x) if self.tp.sequence else x
         self.ranks[layer] = effective_rank(whole[: self.n_rows]).sum()
 
