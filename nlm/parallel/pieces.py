@@ -99,7 +99,7 @@ class Pieces:
         """
         squares = torch.zeros(len(self.weights), dtype=torch.float64, device=self.mesh.device)
         if self.counted:
-            parts: Sequence[Tensor] = [tensors[i] for i in self.counted]
+            parts = [tensors[i] for i in self.counted]
             if self._divides:
                 parts = [part for tensor in parts for part in self._exact(tensor)]
             norms = torch.stack(torch._foreach_norm(parts))
