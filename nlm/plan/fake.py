@@ -1,21 +1,38 @@
-"""Models whose tensors have shapes and no memory: they take the way of CPU tensors, kernel by kernel."""
+"""A rank without memory and without others: fake tensors take the way of CPU tensors, kernel by kernel."""
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nlm.mesh import Mesh
 from nlm.model import Transformer
+from nlm.parallel.tensor import TensorParallel
 
 
-def faked(model: Transformer, mode: FakeTensorMode) -> Transformer:
-    """In place: a designed model, on the meta device, becomes one of fake CPU tensors.
+class ImaginedTensorParallel(TensorParallel):
+    """The first of `size` ranks, the others of which are not there: fake collectives need but the group's size."""
+
+    def __init__(self, size: int, sequence: bool) -> None:
+        super().__init__()
+        self.size, self.sequence = size, sequence and size > 1
+        self.group = "imagined"
+
+
+class ImaginedMesh(Mesh):
+    """Tensor parallel ranks of which this one is the first."""
+
+    def __init__(self, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp, self.sizes["tp"] = tp, tp.size
+
+
+def faked(model: Transformer) -> Transformer:
+    """In place, under a FakeTensorMode: a designed model, on the meta device, becomes one of fake CPU tensors.
 
     `Module.to_empty` would do it but for fake tensors, which it cannot put into the place of others.
     """
-    with mode:
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
     return model

@@ -30,10 +30,9 @@ def flops_per_token(config: Config) -> float:
 
 def _flops(config: Config, part: Part, rows: int) -> int:
     """Of forward and backward of a part of the stack over rows of tokens."""
-    mode = FakeTensorMode()
-    model = faked(design(config, part=part), mode)
-    shape = (rows, config.train.seq_len)
-    with mode, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    model, shape = design(config, part=part), (rows, config.train.seq_len)
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        faked(model)
         tokens = torch.zeros(shape, dtype=torch.int64)
         x = tokens if part.first else torch.zeros(*shape, config.model.dim, requires_grad=True)
         out = model(x, tokens if part.last else None, tokens if config.data.document_mask else None)

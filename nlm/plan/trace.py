@@ -1,0 +1,178 @@
+"""What the real code does to memory: a step of a few layers of the model, on tensors that have none.
+
+Nothing here knows a scheme, a norm, a score or an optimizer: forward, backward, clipping and update are those of
+training, and what they allocate and free is written down where the stream goes from one layer to the next.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, prod
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nlm.build import design
+from nlm.config import Config
+from nlm.data.rank import batch_of
+from nlm.model import Part, Transformer
+from nlm.parallel.deferred import DeferredGradients
+from nlm.parallel.engine import WholeEngine
+from nlm.parallel.recompute import recompute
+from nlm.plan.fake import ImaginedMesh, ImaginedTensorParallel, faked
+from nlm.plan.layers import kinds
+from nlm.plan.ledger import Ledger
+
+Place = int | Literal["embed", "head"]
+"""A layer; what comes before all layers; what comes after, the loss included."""
+
+
+class Rise(NamedTuple):
+    """Bytes beyond those at the start of something: at its end, and when they are most."""
+
+    net: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one microbatch does, place by place."""
+
+    forward: dict[Place, Rise]
+    backward: dict[Place, Rise]
+
+
+@dataclass(frozen=True)
+class Update:
+    """The end of a step with parameters of so many bytes: optimizer state, that of pieces and that which every rank has
+    as a whole, and what clipping and the update take for a while."""
+
+    weights: int
+    state: int
+    shared: int
+    clip: int
+    update: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """`first` and `later` are microbatches: the first makes the gradients that later ones add to."""
+
+    kinds: list[int]
+    n_layers: int
+    first: Pass
+    later: Pass
+
+    def like(self, layer: int) -> int:
+        """The traced layer whose costs are those of a layer of the model."""
+        if layer < self.n_layers:
+            return layer
+        return max(l for l in range(self.n_layers) if self.kinds[l] == self.kinds[layer])
+
+
+def trace(config: Config, rows: int, deferred: bool = False) -> Trace:
+    """Of `rows` a microbatch on one of the config's tensor parallel ranks. `deferred`: the backward leaves out the weight
+    gradients, as in the schedules that put them off."""
+    of = kinds(config)
+    n_layers = traced_layers(of)
+    model = part_of(config, n_layers)
+    with FakeTensorMode(), Ledger() as ledger:
+        faked(model)
+        recompute(model, config.parallel.recompute)
+        take = DeferredGradients(model).take if deferred else lambda: lambda: None
+        levels = _levels(ledger, model)
+        batch = batch_of(config, tuple(torch.zeros(2, 2 * rows, config.train.seq_len + 1, dtype=torch.int64)), 0)
+        passes = []
+        for part in batch.chunk(2):
+            levels.mark()
+            loss = model(*part.arguments()) * 1.0
+            levels.mark()
+            loss.backward()
+            del loss
+            levels.mark()
+            passes.append(_pass(levels.rises(), n_layers))
+            take()()
+    return Trace(of, n_layers, *passes)
+
+
+def traced_layers(of: list[int]) -> int:
+    """How many layers are traced of a model whose layers are of the kinds `of`: twice all kinds, as far as there are,
+    since the first of a kind may do what the others find done."""
+    return min(len(of), 2 * (max(of) + 1))
+
+
+def update_cost(config: Config, n_layers: int) -> Update:
+    """Of the first `n_layers` with both ends."""
+    model = part_of(config, n_layers)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    with FakeTensorMode(), Ledger() as ledger:
+        faked(model)
+        before = ledger.now
+        engine = WholeEngine(config, ImaginedMesh(model.tp), model)
+        state = sum(t.numel() * t.element_size() for of in engine.optimizer.state for t in of.values())
+        shared = ledger.now - before - state
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        levels = _Levels(ledger)
+        levels.mark()
+        engine.clip()
+        levels.mark()
+        engine.update(1e-3, torch.zeros((), dtype=torch.bool))
+        levels.mark()
+        clip, update = levels.rises()
+    return Update(weights, state, shared, clip.peak, update.peak)
+
+
+def part_of(config: Config, n_layers: int) -> Transformer:
+    """The first layers and both ends of the model, of which one of the config's tensor parallel ranks holds its part."""
+    tp = ImaginedTensorParallel(config.parallel.tp, config.parallel.sequence_parallel)
+    model = design(config, tp, Part(range(n_layers), first=True, last=True))
+    if config.train.precision == "fp64":
+        model.double()
+    model.cross_entropy.sparse_k = config.train.sparse_softmax_k
+    model.precision = config.train.precision
+    return model
+
+
+class _Levels:
+    """How much memory there was at each mark, and how much at most since the mark before."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.seen = ledger, list[tuple[int, int]]()
+
+    def mark(self) -> None:
+        self.seen.append((self.ledger.now, self.ledger.read_peak()))
+
+    def rises(self) -> list[Rise]:
+        """From mark to mark, which are forgotten."""
+        seen, self.seen = self.seen, []
+        return [Rise(now - before, peak - before) for (before, _), (now, peak) in pairwise(seen)]
+
+
+def _levels(ledger: Ledger, model: Transformer) -> _Levels:
+    """Marks where the stream comes to a block and leaves the last, and where its gradient does."""
+    levels, call_block, last = _Levels(ledger), model.call_block, len(model.blocks) - 1
+    blocks = list(model.blocks.values())
+
+    def watch(x: Tensor) -> None:
+        levels.mark()
+        x.register_hook(lambda gradient: levels.mark())
+
+    def watched(block: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+        watch(x)
+        y, norms = call_block(block, x, *rest)
+        if block is blocks[last]:
+            watch(y)
+        return y, norms
+
+    model.call_block = watched
+    return levels
+
+
+def _pass(rises: list[Rise], n_layers: int) -> Pass:
+    places: list[Place] = ["embed", *range(n_layers), "head"]
+    assert len(rises) == 2 * len(places), "the stream has taken another way than from block to block"
+    forward, backward = rises[: len(places)], rises[len(places) :]
+    return Pass(dict(zip(places, forward, strict=True)), dict(zip(reversed(places), backward, strict=True)))
