@@ -9,7 +9,6 @@ from math import prod
 import numpy as np
 from torch import nn
 
-from nlm.build import design
 from nlm.config import Config
 from nlm.layout import V_SCHEDULES
 from nlm.model import Part
@@ -17,8 +16,8 @@ from nlm.parallel.pieces import BUCKET_ELEMENTS
 from nlm.parallel.pipeline import split, stages_of
 from nlm.parallel.shard import blocks_per_unit, reshards
 from nlm.plan.schedule import Action, orders
-from nlm.plan.segment import Segment
-from nlm.plan.trace import Pass, Place, part_of, trace, update_cost
+from nlm.plan.segment import Segment, bytes_of
+from nlm.plan.trace import Place, Rise, part_of, trace, update_cost
 
 Step = Segment.step
 
@@ -28,7 +27,7 @@ class Tensors:
     """Parameters and buffers of a place, on one of the tensor parallel ranks."""
 
     shapes: tuple[tuple[int, ...], ...] = ()
-    element_bytes: int = 4
+    element_bytes: int = 0
     buffer_bytes: int = 0
 
     @classmethod
@@ -38,7 +37,7 @@ class Tensors:
         buffers = [b for module in there for b in module.buffers()]
         return cls(
             tuple(tuple(p.shape) for p in parameters),
-            parameters[0].element_size() if parameters else 4,
+            max((p.element_size() for p in parameters), default=0),
             sum(b.numel() * b.element_size() for b in buffers),
         )
 
@@ -48,7 +47,8 @@ class Tensors:
         return self.element_bytes * sum(-(-rows // ranks) * prod(rest) for rows, *rest in self.shapes)
 
     def __add__(self, other: "Tensors") -> "Tensors":
-        return Tensors(self.shapes + other.shapes, self.element_bytes, self.buffer_bytes + other.buffer_bytes)
+        element_bytes = max(self.element_bytes, other.element_bytes)
+        return Tensors(self.shapes + other.shapes, element_bytes, self.buffer_bytes + other.buffer_bytes)
 
 
 class Costs:
@@ -78,7 +78,9 @@ class Stage:
         self.config, self.costs, self.part = config, costs, part
         parallel = config.parallel
         self.sharded = parallel.engine == "torch" and parallel.dp_shard > 1
-        self.buckets = parallel.engine == "torch" and parallel.dp_replicate > 1 and not self.sharded and parallel.pp == 1
+        self.buckets = (
+            parallel.engine == "torch" and parallel.dp_replicate > 1 and not self.sharded and parallel.pp == 1
+        )
         self.ranks = parallel.dp_shard if self.sharded else 1
         self.ends: list[Place] = (["embed"] if part.first else []) + (["head"] if part.last else [])
         self.size = blocks_per_unit(parallel, len(part.layers)) if self.sharded else len(part.layers) or 1
@@ -115,14 +117,14 @@ class Stage:
 
         found += gather(root) if gathers else Segment()
         if self.part.first:
-            found += rise(*passed["embed"], "logits")
+            found += rise(passed["embed"], "logits")
         for layers in self.units:
             size = self.gathered(self.unit(layers))
             found += gather(size) if gathers else Segment()
-            found += self.layers(layers, lambda l: rise(*passed[l], "activations"))
+            found += self.layers(layers, lambda l: rise(passed[l], "activations"))
             found += Step(gathered=-size) if drops else Segment()
         if self.part.last:
-            found += rise(*passed["head"], "logits")
+            found += rise(passed["head"], "logits")
         return found + Step(buffers=-before) + (Step(gathered=-root) if drops else Segment())
 
     def backward(self, first: bool, last: bool) -> Segment:
@@ -136,7 +138,7 @@ class Stage:
         def made(place: Place) -> Segment:
             kind = "activations" if isinstance(place, int) else "logits"
             new = self.of(place).bytes() if first and not self.costs.deferred else 0
-            segment = rise(*passed[place], kind, new)
+            segment = rise(passed[place], kind, new)
             return segment + Step(gradients=-self.of(place).bytes()) if self.buckets and last else segment
 
         def end(tensors: Tensors) -> Segment:
@@ -177,11 +179,11 @@ class Stage:
         return found
 
 
-def rise(net: int, peak: int, kind: str, gradients: int = 0) -> Segment:
+def rise(of: Rise, kind: str, gradients: int = 0) -> Segment:
     """Of a kind, but for gradients that stay."""
     return Segment(
-        Step(**{kind: net - gradients}).net + Step(gradients=gradients).net,
-        Step(**{kind: peak - gradients}).net + Step(gradients=gradients).net,
+        bytes_of(**{kind: of.net - gradients}, gradients=gradients),
+        bytes_of(**{kind: of.peak - gradients}, gradients=gradients),
     )
 
 
@@ -254,7 +256,7 @@ def _end(config: Config, costs: Costs, stages: list[Stage]) -> Segment:
 
 def _optimizer(config: Config, costs: Costs, stages: list[Stage]) -> float:
     whole = sum(stage.tensors.bytes() for stage in stages)
-    return _line(costs, whole, "state") / config.parallel.dp_shard + _line(costs, whole, "shared")
+    return _line(costs, whole, "state") / config.parallel.dp_shard + _line(costs, whole, "kept")
 
 
 def _line(costs: Costs, weights: float, name: str) -> float:

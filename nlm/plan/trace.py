@@ -4,10 +4,8 @@ Nothing here knows a scheme, a norm, a score or an optimizer: forward, backward,
 training, and what they allocate and free is written down where the stream goes from one layer to the next.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,10 +28,15 @@ Place = int | Literal["embed", "head"]
 
 
 class Rise(NamedTuple):
-    """Bytes beyond those at the start of something: at its end, and when they are most."""
+    """What happens in a place: bytes beyond those at its start, at its end and when they are most; and the
+    work that a Ledger counts."""
 
-    net: int
-    peak: int
+    net: float
+    peak: float
+    flops: float
+    moved: float
+    kernels: float
+    sent: float
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Update:
-    """The end of a step with parameters of so many bytes: optimizer state, that of pieces and that which every rank has
-    as a whole, and what clipping and the update take for a while."""
+    """The end of a step with parameters of so many bytes: optimizer state of the pieces, what else every rank keeps,
+    of which checkpoints have `saved`; what clipping and the update take for a while, and the bytes that they move."""
 
-    weights: int
-    state: int
-    shared: int
-    clip: int
-    update: int
+    weights: float
+    state: float
+    kept: float
+    saved: float
+    clip: float
+    update: float
+    moved: float
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def trace(config: Config, rows: int, deferred: bool = False) -> Trace:
     of = kinds(config)
     n_layers = traced_layers(of)
     model = part_of(config, n_layers)
-    with FakeTensorMode(), Ledger() as ledger:
+    with FakeTensorMode(), Ledger(model.tp.size) as ledger:
         faked(model)
         recompute(model, config.parallel.recompute)
         take = DeferredGradients(model).take if deferred else lambda: lambda: None
@@ -112,7 +117,8 @@ def update_cost(config: Config, n_layers: int) -> Update:
         before = ledger.now
         engine = WholeEngine(config, ImaginedMesh(model.tp), model)
         state = sum(t.numel() * t.element_size() for of in engine.optimizer.state for t in of.values())
-        shared = ledger.now - before - state
+        kept = ledger.now - before - state
+        saved = sum(t.numel() * t.element_size() for t in engine.shared.values())
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         levels = _Levels(ledger)
@@ -122,7 +128,7 @@ def update_cost(config: Config, n_layers: int) -> Update:
         engine.update(1e-3, torch.zeros((), dtype=torch.bool))
         levels.mark()
         clip, update = levels.rises()
-    return Update(weights, state, shared, clip.peak, update.peak)
+    return Update(weights, state, kept, saved, clip.peak, update.peak, clip.moved + update.moved)
 
 
 def part_of(config: Config, n_layers: int) -> Transformer:
@@ -137,24 +143,28 @@ def part_of(config: Config, n_layers: int) -> Transformer:
 
 
 class _Levels:
-    """How much memory there was at each mark, and how much at most since the mark before."""
+    """What there was at each mark."""
 
     def __init__(self, ledger: Ledger) -> None:
-        self.ledger, self.seen = ledger, list[tuple[int, int]]()
+        self.ledger, self.seen = ledger, list[Rise]()
 
     def mark(self) -> None:
-        self.seen.append((self.ledger.now, self.ledger.read_peak()))
+        of = self.ledger
+        self.seen.append(Rise(of.now, of.read_peak(), of.flops, of.moved, of.kernels, of.sent))
 
     def rises(self) -> list[Rise]:
         """From mark to mark, which are forgotten."""
         seen, self.seen = self.seen, []
-        return [Rise(now - before, peak - before) for (before, _), (now, peak) in pairwise(seen)]
+        return [
+            Rise(*(b - a for a, b in zip(before, after, strict=True)))._replace(peak=after.peak - before.net)
+            for before, after in pairwise(seen)
+        ]
 
 
 def _levels(ledger: Ledger, model: Transformer) -> _Levels:
     """Marks where the stream comes to a block and leaves the last, and where its gradient does."""
-    levels, call_block, last = _Levels(ledger), model.call_block, len(model.blocks) - 1
-    blocks = list(model.blocks.values())
+    levels, call_block = _Levels(ledger), model.call_block
+    *_, last = model.blocks.values()
 
     def watch(x: Tensor) -> None:
         levels.mark()
@@ -163,7 +173,7 @@ def _levels(ledger: Ledger, model: Transformer) -> _Levels:
     def watched(block: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
         watch(x)
         y, norms = call_block(block, x, *rest)
-        if block is blocks[last]:
+        if block is last:
             watch(y)
         return y, norms
 
