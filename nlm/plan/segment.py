@@ -1,5 +1,6 @@
 """Memory over time, in pieces that can be put together: what a piece leaves behind, and its highest moment."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -50,5 +51,5 @@ class Segment:
         return Segment(times * self.net, last if last.sum() > self.peak.sum() else self.peak)
 
 
-def joined(segments: "list[Segment]") -> Segment:
+def joined(segments: Iterable[Segment]) -> Segment:
     return reduce(add, segments, Segment())

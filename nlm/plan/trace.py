@@ -5,6 +5,7 @@ training, and what they allocate and free is written down where the stream goes 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -70,15 +71,20 @@ class Trace:
     first: Pass
     later: Pass
 
-    def like(self, layer: int) -> int:
-        """The traced layer whose costs are those of a layer of the model."""
-        if layer < self.n_layers:
-            return layer
-        return max(l for l in range(self.n_layers) if self.kinds[l] == self.kinds[layer])
+    def like(self, place: Place) -> Place:
+        """The traced place whose costs are those of a place of the model."""
+        if not isinstance(place, int) or place < self.n_layers:
+            return place
+        return self.latest[self.kinds[place]]
+
+    @cached_property
+    def latest(self) -> dict[int, int]:
+        """The last traced layer of each kind."""
+        return {kind: l for l, kind in enumerate(self.kinds[: self.n_layers])}
 
 
 def trace(config: Config, rows: int, deferred: bool = False) -> Trace:
-    """Of `rows` a microbatch on one of the config's tensor parallel ranks. `deferred`: the backward leaves out the weight
+    """Of `rows` a microbatch on a tensor parallel rank of the config's. `deferred`: the backward leaves out the weight
     gradients, as in the schedules that put them off."""
     of = kinds(config)
     n_layers = traced_layers(of)
@@ -132,7 +138,7 @@ def update_cost(config: Config, n_layers: int) -> Update:
 
 
 def part_of(config: Config, n_layers: int) -> Transformer:
-    """The first layers and both ends of the model, of which one of the config's tensor parallel ranks holds its part."""
+    """The first layers and both ends of the model, of them what a tensor parallel rank of the config's holds."""
     tp = ImaginedTensorParallel(config.parallel.tp, config.parallel.sequence_parallel)
     model = design(config, tp, Part(range(n_layers), first=True, last=True))
     if config.train.precision == "fp64":
