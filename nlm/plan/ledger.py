@@ -1,6 +1,7 @@
 """What kernels take: memory, moment by moment, and work."""
 
 import weakref
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Ledger(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
+        if function.namespace == "prim":  # a question, such as for the device
+            return result
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         for tensor in made:
             self._see(tensor.untyped_storage())
@@ -79,6 +82,7 @@ def _bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
 
 
+@cache
 def _is_view(function: Any) -> bool:
     """Whether it only looks at the memory of another tensor in another way."""
     aliases = [value.alias_info for value in function._schema.returns]

@@ -18,7 +18,7 @@ from nlm.parallel.shard import blocks_per_unit, reshards
 from nlm.plan.layers import kinds
 from nlm.plan.schedule import Action, orders
 from nlm.plan.segment import Segment, bytes_of, joined
-from nlm.plan.trace import Place, Rise, Trace, part_of, trace, traced_layers, update_cost
+from nlm.plan.trace import Place, Rise, Trace, Update, part_of, trace, traced_layers, update_cost
 
 Step = Segment.step
 
@@ -49,19 +49,19 @@ class Tensors:
 
 
 class Parameters:
-    """What a tensor parallel rank holds of the model, place by place, and what updates it costs.
+    """What a tensor parallel rank holds of the model, place by place, and what its update costs.
 
     `layers` are traced, the others like them; `tied` is what the head reads of the embedding.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, updates: tuple[Update, Update] | None = None) -> None:
         layers = traced_layers(kinds(config))
         model = part_of(config, layers)
         self.tensors: dict[Place, Tensors] = {l: Tensors.of(block) for l, block in enumerate(model.blocks.values())}
         self.tensors["embed"] = Tensors.of(model.embed, model.token, model.position, model.rotary, model.stem)
         self.tensors["head"] = Tensors.of(model.final, model.head, model.logits)
         self.tied = Tensors.of(model.embed) if config.model.tied else Tensors.of()
-        self.updates = update_cost(config, max(1, layers - 1)), update_cost(config, layers)
+        self.updates = updates or (update_cost(config, max(1, layers - 1)), update_cost(config, layers))
 
     def update(self, name: str, weights: float) -> float:
         """A number of Update for so many bytes of weights, on the line through the two that were traced."""

@@ -108,6 +108,20 @@ def trace(config: Config, rows: int, deferred: bool = False) -> Trace:
     return Trace(of, n_layers, *passes)
 
 
+def between(few: Trace, many: Trace, share: float) -> Trace:
+    """What lies at that share of the way from one trace to one of more rows. Bytes and work grow evenly with rows, but
+    for peaks, which are at most this high: of several moments that grow evenly, one may take over from another."""
+
+    def mean(a: Pass, b: Pass) -> Pass:
+        return Pass(_mean(a.forward, b.forward, share), _mean(a.backward, b.backward, share))
+
+    return Trace(few.kinds, few.n_layers, mean(few.first, many.first), mean(few.later, many.later))
+
+
+def _mean(a: dict[Place, Rise], b: dict[Place, Rise], share: float) -> dict[Place, Rise]:
+    return {place: Rise(*(x + share * (y - x) for x, y in zip(a[place], b[place], strict=True))) for place in a}
+
+
 def traced_layers(of: list[int]) -> int:
     """How many layers are traced of a model whose layers are of the kinds `of`: twice all kinds, as far as there are,
     since the first of a kind may do what the others find done."""
