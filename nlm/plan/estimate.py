@@ -12,43 +12,10 @@ from nlm.config import Config, ParallelConfig
 from nlm.mesh import AXES, MeshAxis
 from nlm.parallel.pipeline import stages_of
 from nlm.parallel.shard import reshards
+from nlm.plan.gpus import Machine
 from nlm.plan.memory import Costs, Stage, rows, stages_on, stream_bytes
 from nlm.plan.schedule import makespan, orders
 from nlm.plan.trace import Rise
-
-
-@dataclass(frozen=True)
-class Machine:
-    """GPUs of one kind: peak FLOP/s at the config's precision, bytes/s, GiB. What is None does not count.
-
-    Assumed unless given: `efficiency`, the share of peaks and bandwidths that kernels and collectives reach;
-    `host_s`, what Python and dispatch take for each kernel; nodes of 8 GPUs, each with a network of 400 Gbit/s, as
-    NVIDIA's DGX H100 has.
-    """
-
-    name: str
-    peak_flops: float
-    memory_gib: float
-    memory_bandwidth: float | None = None
-    link_bandwidth: float | None = None
-    network_bandwidth: float = 50e9
-    gpus_per_node: int = 8
-    efficiency: float = 0.7
-    host_s: float = 10e-6
-
-    def seconds(self, rise: Rise, ranks: int) -> float:
-        """Of kernels, and of what they send to tensor parallel ranks."""
-        computed = rise.flops / self.peak_flops + rise.moved * _inverse(self.memory_bandwidth)
-        return max(computed / self.efficiency, rise.kernels * self.host_s) + self.sending_s(rise.sent, ranks)
-
-    def sending_s(self, sent: float, spread: int) -> float:
-        """Of bytes that a rank sends to others of a group that is spread over so many consecutive GPUs."""
-        bandwidth = self.link_bandwidth if spread <= self.gpus_per_node else self.network_bandwidth
-        return sent * _inverse(bandwidth) / self.efficiency
-
-
-def _inverse(bandwidth: float | None) -> float:
-    return 0.0 if bandwidth is None else 1 / bandwidth
 
 
 @dataclass(frozen=True)
@@ -62,9 +29,25 @@ class Estimate:
     mfu: float
 
 
+def kernels_s(machine: Machine, rise: Rise, tp: int) -> float:
+    """Of kernels, and of what they send to tensor parallel ranks."""
+    computed = rise.flops / machine.peak_flops + rise.moved * _inverse(machine.memory_bandwidth)
+    return max(computed / machine.efficiency, rise.kernels * machine.host_s) + sending_s(machine, rise.sent, tp)
+
+
+def sending_s(machine: Machine, sent: float, spread: int) -> float:
+    """Of bytes that a rank sends to others of a group that is spread over so many consecutive GPUs."""
+    bandwidth = machine.link_bandwidth if spread <= machine.gpus_per_node else machine.network_bandwidth
+    return sent * _inverse(bandwidth) / machine.efficiency
+
+
+def _inverse(bandwidth: float | None) -> float:
+    return 0.0 if bandwidth is None else 1 / bandwidth
+
+
 def estimate(config: Config, costs: Costs, machine: Machine, flops_a_token: float) -> Estimate:
     parallel = config.parallel
-    seconds = {key: machine.seconds(rise, parallel.tp) for key, rise in _works(config, costs).items()}
+    seconds = {key: kernels_s(machine, rise, parallel.tp) for key, rise in _works(config, costs).items()}
     pipeline_s = makespan(orders(parallel), seconds, parallel.n_stages - 1)
     sent, together = traffic(config, costs), parallel.tp * parallel.dp_shard
     spread: dict[MeshAxis, int] = {
@@ -72,11 +55,11 @@ def estimate(config: Config, costs: Costs, machine: Machine, flops_a_token: floa
         "dp_replicate": together * parallel.dp_replicate,
         "pp": parallel.ranks,
     }
-    sending = {axis: machine.sending_s(sent[axis], n) for axis, n in spread.items()}
+    sending = {axis: sending_s(machine, sent[axis], n) for axis, n in spread.items()}
     data_s = sending["dp_shard"] + sending["dp_replicate"]
     communication_s = sending["pp"] + max(0.0, data_s - pipeline_s)
     moved = costs.parameters.update("moved", stages_on(config, costs, 0)[0].whole) / parallel.dp_shard
-    update_s = machine.seconds(Rise(0, 0, 0, moved, 0, 0), 1)
+    update_s = kernels_s(machine, Rise(0, 0, 0, moved, 0, 0), 1)
     step_s = pipeline_s + communication_s + update_s
     mfu = flops_a_token * config.train.batch_tokens / parallel.ranks / step_s / machine.peak_flops
     return Estimate(step_s, pipeline_s, communication_s, update_s, mfu)

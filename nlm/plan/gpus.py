@@ -1,8 +1,8 @@
 """GPUs as their data sheets have them. What is not in the table is asked for, never guessed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from nlm.config import nearest
+from math import inf
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,61 @@ GPUS = {
 }
 
 
-def gpu(name: str) -> Gpu:
-    """Errors: ValueError for a GPU that is not in the table."""
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind: peak FLOP/s at the config's precision, GiB, bytes/s. What is None does not count.
+
+    Assumed unless given: `efficiency`, the share of peaks and bandwidths that kernels and collectives reach; `host_s`,
+    what Python and dispatch take for each kernel; nodes of 8 GPUs, each with a network of 400 Gbit/s, as NVIDIA's DGX
+    H100 has.
+    """
+
+    name: str
+    peak_flops: float
+    memory_gib: float
+    memory_bandwidth: float | None = None
+    link_bandwidth: float | None = None
+    network_bandwidth: float = 50e9
+    gpus_per_node: int = 8
+    efficiency: float = 0.7
+    host_s: float = 10e-6
+
+
+def machine(name: str | None, precision: str, gpus: int | None, given: Mapping[str, float]) -> Machine | None:
+    """The GPU `name`, or what is `given` of one, which goes before what is known; None where nothing is asked for.
+
+    Errors: ValueError for what is missing, unknown or no positive number.
+    """
+    bad = [key for key, value in given.items() if not 0 < value < inf] + (
+        ["gpus"] if gpus is not None and gpus < 1 else []
+    )
+    if bad:
+        raise ValueError(f"{', '.join(bad)}: expected positive numbers")
+    if name is None and gpus is None and not given:
+        return None
+    known: dict[str, float] = {}
+    if (of := name and find(name)) is not None and of:
+        known = {
+            "memory_gib": of.memory_gib,
+            "memory_bandwidth": of.memory_bandwidth,
+            "link_bandwidth": of.link_bandwidth,
+        }
+        known |= {"peak_flops": of.peak_flops[precision]} if precision in of.peak_flops else {}
+    known |= given
+    options = {"peak_flops": "--peak-tflops", "memory_gib": "--memory-gib"}
+    if missing := [option for key, option in options.items() if key not in known]:
+        whose = f"of {name!r} at {precision}" if name else "without --gpu"
+        raise ValueError(
+            f"{' and '.join(missing)}: {whose} expected, as nothing is known; give it, or a --gpu of {', '.join(GPUS)}"
+        )
+    return Machine(name or "this GPU", **known)  # type: ignore[arg-type]
+
+
+def find(name: str) -> Gpu | None:
     for key, known in GPUS.items():
         if name.lower() in (key.lower(), known.device_name.lower()):
             return known
-    raise ValueError(
-        f"--gpu: no GPU is known as {name!r}; {nearest(name, GPUS)}; of another one give --peak-tflops and --memory-gib"
-    )
+    return None
 
 
 def peak_flops(name: str, precision: str) -> float | None:

@@ -12,6 +12,23 @@ NOTHING = Part(range(0), first=False, last=False)
 ENDS = Part(range(0), first=True, last=True)
 
 
+class Layers:
+    """The layers of a model by `kinds`: the number of the first that is built as each layer is, [L].
+
+    The first `traced` have all kinds, twice as far as there are so many: the first of a kind may do what the others
+    then find done.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.kinds = kinds(config)
+        self.traced = min(len(self.kinds), 2 * (max(self.kinds) + 1))
+        self._latest = {kind: layer for layer, kind in enumerate(self.kinds[: self.traced])}
+
+    def like(self, layer: int) -> int:
+        """The traced layer that tells what a layer costs."""
+        return layer if layer < self.traced else self._latest[self.kinds[layer]]
+
+
 def kinds(config: Config) -> list[int]:
     """The first layer that is built as each layer is, [L]; numbers apart, which cost nothing."""
     scheme, model = design(config, part=NOTHING).scheme, config.model

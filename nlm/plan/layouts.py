@@ -8,8 +8,9 @@ import numpy as np
 
 from nlm.build import parse_config
 from nlm.config import Config, ConfigError, ParallelConfig
-from nlm.plan.estimate import Estimate, Machine, estimate
+from nlm.plan.estimate import Estimate, estimate
 from nlm.plan.flops import flops_per_token
+from nlm.plan.gpus import Machine
 from nlm.plan.memory import Costs, Parameters, defers, rank_memory, rows
 from nlm.plan.trace import Trace, between, trace
 

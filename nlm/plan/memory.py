@@ -15,10 +15,10 @@ from nlm.model import Part
 from nlm.parallel.pieces import BUCKET_ELEMENTS
 from nlm.parallel.pipeline import split, stages_of
 from nlm.parallel.shard import blocks_per_unit, reshards
-from nlm.plan.layers import kinds
+from nlm.plan.layers import Layers
 from nlm.plan.schedule import Action, orders
 from nlm.plan.segment import Segment, bytes_of, joined
-from nlm.plan.trace import Place, Rise, Trace, Update, part_of, trace, traced_layers, update_cost
+from nlm.plan.trace import Place, Rise, Trace, Update, part_of, trace, update_cost
 
 Step = Segment.step
 
@@ -55,7 +55,7 @@ class Parameters:
     """
 
     def __init__(self, config: Config, updates: tuple[Update, Update] | None = None) -> None:
-        layers = traced_layers(kinds(config))
+        layers = Layers(config).traced
         model = part_of(config, layers)
         self.tensors: dict[Place, Tensors] = {l: Tensors.of(block) for l, block in enumerate(model.blocks.values())}
         self.tensors["embed"] = Tensors.of(model.embed, model.token, model.position, model.rotary, model.stem)
@@ -122,7 +122,8 @@ class Stage:
 
     def _holds(self, places: Sequence[Place]) -> "Counter[Place]":
         """How often each traced place is among `places`."""
-        return Counter(self.costs.trace.like(place) for place in places)
+        like = self.costs.trace.layers.like
+        return Counter(like(place) if isinstance(place, int) else place for place in places)
 
     def tensors(self, place: Place) -> tuple[Tensors, ...]:
         parameters = self.costs.parameters

@@ -5,7 +5,6 @@ training, and what they allocate and free is written down where the stream goes 
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +20,7 @@ from nlm.parallel.deferred import DeferredGradients
 from nlm.parallel.engine import WholeEngine
 from nlm.parallel.recompute import recompute
 from nlm.plan.fake import ImaginedMesh, ImaginedTensorParallel, faked
-from nlm.plan.layers import kinds
+from nlm.plan.layers import Layers
 from nlm.plan.ledger import Ledger
 
 Place = int | Literal["embed", "head"]
@@ -66,29 +65,16 @@ class Update:
 class Trace:
     """`first` and `later` are microbatches: the first makes the gradients that later ones add to."""
 
-    kinds: list[int]
-    n_layers: int
+    layers: Layers
     first: Pass
     later: Pass
-
-    def like(self, place: Place) -> Place:
-        """The traced place whose costs are those of a place of the model."""
-        if not isinstance(place, int) or place < self.n_layers:
-            return place
-        return self.latest[self.kinds[place]]
-
-    @cached_property
-    def latest(self) -> dict[int, int]:
-        """The last traced layer of each kind."""
-        return {kind: l for l, kind in enumerate(self.kinds[: self.n_layers])}
 
 
 def trace(config: Config, rows: int, deferred: bool = False) -> Trace:
     """Of `rows` a microbatch on a tensor parallel rank of the config's. `deferred`: the backward leaves out the weight
     gradients, as in the schedules that put them off."""
-    of = kinds(config)
-    n_layers = traced_layers(of)
-    model = part_of(config, n_layers)
+    layers = Layers(config)
+    model = part_of(config, layers.traced)
     with FakeTensorMode(), Ledger(model.tp.size) as ledger:
         faked(model)
         recompute(model, config.parallel.recompute)
@@ -103,9 +89,9 @@ def trace(config: Config, rows: int, deferred: bool = False) -> Trace:
             loss.backward()
             del loss
             levels.mark()
-            passes.append(_pass(levels.rises(), n_layers))
+            passes.append(_pass(levels.rises(), layers.traced))
             take()()
-    return Trace(of, n_layers, *passes)
+    return Trace(layers, *passes)
 
 
 def between(few: Trace, many: Trace, share: float) -> Trace:
@@ -115,17 +101,11 @@ def between(few: Trace, many: Trace, share: float) -> Trace:
     def mean(a: Pass, b: Pass) -> Pass:
         return Pass(_mean(a.forward, b.forward, share), _mean(a.backward, b.backward, share))
 
-    return Trace(few.kinds, few.n_layers, mean(few.first, many.first), mean(few.later, many.later))
+    return Trace(few.layers, mean(few.first, many.first), mean(few.later, many.later))
 
 
 def _mean(a: dict[Place, Rise], b: dict[Place, Rise], share: float) -> dict[Place, Rise]:
     return {place: Rise(*(x + share * (y - x) for x, y in zip(a[place], b[place], strict=True))) for place in a}
-
-
-def traced_layers(of: list[int]) -> int:
-    """How many layers are traced of a model whose layers are of the kinds `of`: twice all kinds, as far as there are,
-    since the first of a kind may do what the others find done."""
-    return min(len(of), 2 * (max(of) + 1))
 
 
 def update_cost(config: Config, n_layers: int) -> Update:
