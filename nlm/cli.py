@@ -85,9 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--peak-tflops", type=float, metavar="X", help="of a GPU that is not known, dense")
     plan.add_argument("--memory-gib", type=float, metavar="X", help="likewise")
     plan.add_argument("--memory-gb-s", type=float, metavar="X", help="likewise, its bandwidth; else it does not count")
-    plan.add_argument(
-        "--link-gb-s", type=float, metavar="X", help="likewise, between the GPUs of a node, one direction"
-    )
+    plan.add_argument("--link-gb-s", type=float, metavar="X", help="likewise, to the GPUs of its node, one way")
     plan.add_argument("--network-gb-s", type=float, metavar="X", help="between nodes, for each GPU (50)")
     plan.add_argument("--efficiency", type=float, metavar="X", help="of kernels and collectives, of the peaks (0.7)")
     plan.add_argument("--json", type=Path, metavar="FILE", help="writes all numbers; - for the console, without text")

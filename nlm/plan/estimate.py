@@ -58,7 +58,8 @@ def estimate(config: Config, costs: Costs, machine: Machine, flops_a_token: floa
     sending = {axis: sending_s(machine, sent[axis], n) for axis, n in spread.items()}
     data_s = sending["dp_shard"] + sending["dp_replicate"]
     communication_s = sending["pp"] + max(0.0, data_s - pipeline_s)
-    moved = costs.parameters.update("moved", stages_on(config, costs, 0)[0].whole) / parallel.dp_shard
+    whole = sum(stage.whole for stage in stages_on(config, costs, 0).values())
+    moved = costs.parameters.update("moved", whole) / parallel.dp_shard
     update_s = kernels_s(machine, Rise(0, 0, 0, moved, 0, 0), 1)
     step_s = pipeline_s + communication_s + update_s
     mfu = flops_a_token * config.train.batch_tokens / parallel.ranks / step_s / machine.peak_flops
@@ -92,16 +93,9 @@ def traffic(config: Config, costs: Costs) -> dict[MeshAxis, float]:
         ahead = sum(s < last and order[s + 1] != 0 for s in stages) + sum(s > 0 and order[s - 1] != 0 for s in stages)
         sent["pp"] = parallel.microbatches * ahead * stream_bytes(config)
     shards, copies = parallel.dp_shard, parallel.dp_replicate
-    if shards > 1:
-        match parallel.zero:
-            case None:
-                passes = 2 * parallel.microbatches if reshards(parallel) else parallel.microbatches
-                passes = 1 if parallel.pp > 1 else passes
-            case 3:
-                passes = 2 * parallel.microbatches
-            case _:
-                passes = 1
-        sent["dp_shard"] = (passes + 1) * whole * (shards - 1) / shards
+    if shards > 1:  # gathered in each forward and, where dropped, each backward; in a pipeline, once; reduced once
+        gathers = parallel.microbatches * (2 if reshards(parallel) else 1) if parallel.pp == 1 else 1
+        sent["dp_shard"] = (gathers + 1) * whole * (shards - 1) / shards
     sent["dp_replicate"] = 2 * whole / shards * (copies - 1) / copies
     return sent
 

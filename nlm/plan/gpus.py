@@ -64,28 +64,21 @@ def machine(name: str | None, precision: str, gpus: int | None, given: Mapping[s
 
     Errors: ValueError for what is missing, unknown or no positive number.
     """
-    bad = [key for key, value in given.items() if not 0 < value < inf] + (
-        ["gpus"] if gpus is not None and gpus < 1 else []
-    )
-    if bad:
-        raise ValueError(f"{', '.join(bad)}: expected positive numbers")
+    bad = [key for key, value in given.items() if not 0 < value < inf]
+    if bad or (gpus is not None and gpus < 1):
+        raise ValueError(f"{', '.join(bad) or '--gpus'}: expected positive numbers")
     if name is None and gpus is None and not given:
         return None
     known: dict[str, float] = {}
-    if (of := name and find(name)) is not None and of:
-        known = {
-            "memory_gib": of.memory_gib,
-            "memory_bandwidth": of.memory_bandwidth,
-            "link_bandwidth": of.link_bandwidth,
-        }
+    if of := name and find(name):
+        known = {key: getattr(of, key) for key in ("memory_gib", "memory_bandwidth", "link_bandwidth")}
         known |= {"peak_flops": of.peak_flops[precision]} if precision in of.peak_flops else {}
     known |= given
+
     options = {"peak_flops": "--peak-tflops", "memory_gib": "--memory-gib"}
     if missing := [option for key, option in options.items() if key not in known]:
-        whose = f"of {name!r} at {precision}" if name else "without --gpu"
-        raise ValueError(
-            f"{' and '.join(missing)}: {whose} expected, as nothing is known; give it, or a --gpu of {', '.join(GPUS)}"
-        )
+        of_which = f"of {name!r} in {precision} this is not known" if name else "no --gpu is given"
+        raise ValueError(f"{', '.join(missing)}: {of_which}; give it, or --gpu as one of {', '.join(GPUS)}")
     return Machine(name or "this GPU", **known)  # type: ignore[arg-type]
 
 

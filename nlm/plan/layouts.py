@@ -101,8 +101,7 @@ def _rank(layout: Layout, machine: Machine) -> tuple[bool, float]:
 
 
 def _candidates(config: Config, gpus: int, node: int) -> Iterator[Config]:
-    """Every layout that trains this config's batches on so many GPUs, with its engine; tensor parallel ranks share a
-    node."""
+    """Every layout that trains this config's batches on so many GPUs; tensor parallel ranks share a node."""
     table = config.model_dump(exclude_none=True)
     for parallel in _parallel(config, gpus, node):
         try:
@@ -123,7 +122,7 @@ def _parallel(config: Config, gpus: int, node: int) -> Iterator[dict[str, Any]]:
             schedules = {"1f1b", given.schedule} if pp > 1 else {"1f1b"}
             for microbatches in _microbatches(config.batch_rows // data):
                 for schedule in sorted(schedules):
-                    for replicas, shards in _data(data, node // tp, given.zero, given.engine):
+                    for replicas, shards in _data(data, node // tp):
                         for recompute in RECOMPUTE:
                             yield {
                                 "tp": tp,
@@ -137,10 +136,8 @@ def _parallel(config: Config, gpus: int, node: int) -> Iterator[dict[str, Any]]:
                             }
 
 
-def _data(ranks: int, in_node: int, zero: int | None, engine: str) -> list[tuple[int, int]]:
+def _data(ranks: int, in_node: int) -> list[tuple[int, int]]:
     """dp_replicate and dp_shard: all copies, all shards, or shards within a node and copies between."""
-    if engine == "deepspeed":
-        return [(1, ranks) if zero else (ranks, 1)]
     found = [(ranks, 1), (1, ranks)]
     if 1 < in_node < ranks and ranks % in_node == 0:
         found.append((ranks // in_node, in_node))

@@ -108,12 +108,13 @@ class Stage:
     def __init__(self, config: Config, costs: Costs, part: Part) -> None:
         self.config, self.costs, self.part = config, costs, part
         parallel = config.parallel
-        self.sharded = parallel.engine == "torch" and parallel.dp_shard > 1
+        self.sharded = parallel.dp_shard > 1
         self.ranks = parallel.dp_shard if self.sharded else 1
-        replicated = parallel.engine == "torch" and parallel.dp_replicate > 1 and not self.sharded
+        replicated = parallel.dp_replicate > 1 and not self.sharded
         self.buckets = replicated and parallel.pp == 1  # of DDP, which keeps all gradients in them
         self.reshards = self.sharded and reshards(parallel)
-        ends: list[Place] = [*(["embed"] if part.first else []), *(["head"] if part.last else [])]
+        there: dict[Place, bool] = {"embed": part.first, "head": part.last}
+        ends = [place for place, is_there in there.items() if is_there]
         size = blocks_per_unit(parallel, len(part.layers)) if self.sharded else max(1, len(part.layers))
         units = [part.layers[i : i + size] for i in range(0, len(part.layers), size)]
         self.root, self.units = self._holds(ends), [self._holds(layers) for layers in units]

@@ -43,7 +43,15 @@ class Plan:
 
 def plan(config: Config, machine: Machine | None = None, gpus: int | None = None) -> Plan:
     """Nothing of the model's size is allocated. `gpus`: of how many to compare the layouts; by default no others than
-    that of the config."""
+    that of the config.
+
+    Errors: ValueError for an engine whose memory is not known.
+    """
+    if config.parallel.engine != "torch":
+        raise ValueError(
+            "parallel.engine: what DeepSpeed keeps in memory is not planned; plan with engine = 'torch' and the same "
+            "dp_shard, which divides as ZeRO 3 does, without zero and offload"
+        )
     tracer = Tracer(config)
     own, flops = tracer.costs(config), flops_per_token(config)
     memory = {}
@@ -62,7 +70,7 @@ def plan(config: Config, machine: Machine | None = None, gpus: int | None = None
         {axis: sent for axis, sent in traffic(config, own).items() if sent},
         bubble(config, own),
         machine,
-        machine and estimate(config, own, machine, flops),
+        estimate(config, own, machine, flops) if machine else None,
         layouts(config, machine, gpus, tracer) if machine and gpus else [],
         gpus or config.parallel.ranks,
     )

@@ -93,32 +93,25 @@ def _layouts(plan: Plan) -> Table:
 def advice(plan: Plan) -> str:
     """The layout to take and why, or what keeps the nearest from fitting and what would help."""
     assert plan.machine is not None
-    best, machine = plan.layouts[0], plan.machine
+    best, memory_gib = plan.layouts[0], plan.machine.memory_gib
     how = " ".join(best.overrides(plan.config)) or "the config as it is"
-    limit = f"{(1 - FREE_SHARE) * machine.memory_gib:.1f} GiB that may be used of {machine.memory_gib:g}"
-    if best.fits(machine):
-        others = [layout for layout in plan.layouts[1:] if layout.fits(machine)]
-        why = (
-            f"{others[0].estimate.step_s / best.estimate.step_s - 1:.0%} faster than the next"
-            if others
-            else "no other fits"
-        )
-        return f"Recommended: {how}\nby the estimate {why}; it needs {best.gib:.1f} GiB of the {limit}"
-    return (
-        f"None fits. The nearest: {how}\nneeds {best.gib:.1f} GiB of the {limit}; {_remedy(best, machine.memory_gib)}"
-    )
+    usable = (1 - FREE_SHARE) * memory_gib
+    needs = f"{best.gib:.1f} GiB of the {usable:.1f} that may be used of {memory_gib:g}"
+    if not best.fits(plan.machine):
+        return f"None fits. The nearest: {how}\nneeds {needs}; {_remedy(best, usable)}"
+    for other in (layout for layout in plan.layouts[1:] if layout.fits(plan.machine)):
+        ahead = other.estimate.step_s / best.estimate.step_s - 1
+        return f"Recommended: {how}\nby the estimate {ahead:.0%} faster than the next; it needs {needs}"
+    return f"Recommended: {how}\nno other fits; it needs {needs}"
 
 
-def _remedy(layout: Layout, memory_gib: float) -> str:
+def _remedy(layout: Layout, usable: float) -> str:
     """What would make a layout fit that is too large."""
-    memory, limit = dict(zip(KINDS, layout.memory / GIB, strict=True)), (1 - FREE_SHARE) * memory_gib
-    state = memory["weights"] + memory["gathered"] + memory["gradients"] + memory["optimizer"] + memory["update"]
-    if state > limit:
-        return f"weights, gradients and optimizer alone take {state:.1f}: more GPUs, or fewer layers or a smaller model.dim"
-    return (
-        f"activations and logits take {layout.gib - state:.1f}: a shorter train.seq_len, or more GPUs to divide the "
-        "model by"
-    )
+    memory = dict(zip(KINDS, layout.memory / GIB, strict=True))
+    state = layout.gib - memory["activations"] - memory["logits"]
+    if state > usable:
+        return f"parameters and what belongs to them take {state:.1f}: more GPUs, fewer layers or a smaller model.dim"
+    return f"activations and logits take {layout.gib - state:.1f}: more GPUs or a shorter train.seq_len"
 
 
 def numbers(plan: Plan) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _flat(actions: Sequence[_Action | None]) -> Iterator[Action]:
             continue
         if action.sub_actions:
             yield from _flat(action.sub_actions)
-        elif action.computation_type in KINDS:
+        elif action.computation_type in KINDS and action.microbatch_index is not None:
             yield Action(KINDS[action.computation_type], action.stage_index, action.microbatch_index)
 
 
