@@ -159,6 +159,7 @@ class Stage:
             found += Step(gathered=-size) if self.reshards else Segment()
         if self.part.last:
             found += rise(passed["head"], "logits")
+        found += Step(activations=-sum(n * self.costs.trace.passing.get(place, 0) for place, n in self.all.items()))
         found += Step(buffers=-before) if gathers else Segment()
         return found + (Step(gathered=-root) if self.reshards else Segment())
 

@@ -63,11 +63,16 @@ class Update:
 
 @dataclass(frozen=True)
 class Trace:
-    """`first` and `later` are microbatches: the first makes the gradients that later ones add to."""
+    """`first` and `later` are microbatches: the first makes the gradients that later ones add to.
+
+    `passing`, by layer, are bytes that a layer's forward leaves and its backward does not find: they are gone when the
+    whole forward has ended, as are autocast's copies of weights that nothing has saved.
+    """
 
     layers: Layers
     first: Pass
     later: Pass
+    passing: dict[Place, float]
 
 
 def trace(config: Config, rows: int, deferred: bool = False) -> Trace:
@@ -91,7 +96,14 @@ def trace(config: Config, rows: int, deferred: bool = False) -> Trace:
             levels.mark()
             passes.append(_pass(levels.rises(), layers.traced))
             take()()
-    return Trace(layers, *passes)
+    first, later = passes
+    passing: dict[Place, float] = {}
+    if not deferred:  # there it is the weight gradients that end what the backward leaves
+        passing = {l: later.forward[l].net + later.backward[l].net for l in range(layers.traced)}
+    gone = sum(passing.values())
+    for of in passes:  # as if the head ended nothing but its own
+        of.forward["head"] = of.forward["head"]._replace(net=of.forward["head"].net + gone)
+    return Trace(layers, first, later, passing)
 
 
 def between(few: Trace, many: Trace, share: float) -> Trace:
@@ -101,7 +113,8 @@ def between(few: Trace, many: Trace, share: float) -> Trace:
     def mean(a: Pass, b: Pass) -> Pass:
         return Pass(_mean(a.forward, b.forward, share), _mean(a.backward, b.backward, share))
 
-    return Trace(few.layers, mean(few.first, many.first), mean(few.later, many.later))
+    passing = {l: x + share * (many.passing[l] - x) for l, x in few.passing.items()}
+    return Trace(few.layers, mean(few.first, many.first), mean(few.later, many.later), passing)
 
 
 def _mean(a: dict[Place, Rise], b: dict[Place, Rise], share: float) -> dict[Place, Rise]:

@@ -34,7 +34,7 @@ SMALL = {"dim": 64, "n_layers": 6}
     "row",
     [
         Row("microbatches", SMALL | {"tied": True, "activation": "swiglu"}, parallel={"microbatches": 2}),
-        Row("recompute, bf16", SMALL, {"precision": "bf16"}, {"recompute": "block"}),
+        Row("recompute, bf16", SMALL, {"precision": "bf16"}, {"recompute": "block", "microbatches": 2}),
         Row("another", SMALL | {"scheme": {"name": "brainformer"}, "attention": {"score": "softcap"}}),
         Row("two ranks", SMALL, parallel={"dp_shard": 2}),
     ],
