@@ -1,10 +1,15 @@
 """A rank without memory and without others: fake tensors take the way of CPU tensors, kernel by kernel."""
 
-import torch
-from torch import nn
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor, nn
+
+from nlm.config import Config
 from nlm.mesh import Mesh
 from nlm.model import Transformer
+from nlm.parallel.engine import Engine, WholeEngine
+from nlm.parallel.pieces import Pieces
 from nlm.parallel.tensor import TensorParallel
 
 
@@ -23,6 +28,20 @@ class ImaginedMesh(Mesh):
     def __init__(self, tp: TensorParallel) -> None:
         super().__init__()
         self.tp, self.sizes["tp"] = tp, tp.size
+
+
+class ImaginedPieces(Pieces):
+    def _exact(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Whole: on the CPU norms are taken in thousands of parts, which cost no memory, but time even here."""
+        return (tensor,)
+
+
+class ImaginedEngine(WholeEngine):
+    """What training does with gradients."""
+
+    def __init__(self, config: Config, model: Transformer) -> None:
+        mesh = ImaginedMesh(model.tp)
+        Engine.__init__(self, config, mesh, [model], ImaginedPieces([model], mesh), model)
 
 
 def faked(model: Transformer) -> Transformer:

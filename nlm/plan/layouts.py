@@ -1,6 +1,6 @@
 """The layouts of so many GPUs: which there are, which fit, and which is likely to be the fastest."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -91,7 +91,11 @@ def layouts(config: Config, machine: Machine, gpus: int, tracer: Tracer) -> list
         key = (parallel.dp_replicate, parallel.dp_shard, parallel.tp, parallel.pp)
         if key not in best or _rank(found, machine) < _rank(best[key], machine):
             best[key] = found
-    return sorted(best.values(), key=lambda layout: _rank(layout, machine))
+    return best_first(best.values(), machine)
+
+
+def best_first(found: Iterable[Layout], machine: Machine) -> list[Layout]:
+    return sorted(found, key=lambda layout: _rank(layout, machine))
 
 
 def _rank(layout: Layout, machine: Machine) -> tuple[bool, float]:

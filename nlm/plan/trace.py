@@ -17,9 +17,8 @@ from nlm.config import Config
 from nlm.data.rank import batch_of
 from nlm.model import Part, Transformer
 from nlm.parallel.deferred import DeferredGradients
-from nlm.parallel.engine import WholeEngine
 from nlm.parallel.recompute import recompute
-from nlm.plan.fake import ImaginedMesh, ImaginedTensorParallel, faked
+from nlm.plan.fake import ImaginedEngine, ImaginedTensorParallel, faked
 from nlm.plan.layers import Layers
 from nlm.plan.ledger import Ledger
 
@@ -128,7 +127,7 @@ def update_cost(config: Config, n_layers: int) -> Update:
     with FakeTensorMode(), Ledger() as ledger:
         faked(model)
         before = ledger.now
-        engine = WholeEngine(config, ImaginedMesh(model.tp), model)
+        engine = ImaginedEngine(config, model)
         state = sum(t.numel() * t.element_size() for of in engine.optimizer.state for t in of.values())
         kept = ledger.now - before - state
         saved = sum(t.numel() * t.element_size() for t in engine.shared.values())

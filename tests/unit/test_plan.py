@@ -5,8 +5,8 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +15,12 @@ from plan_errors import DOCS, ROWS, Row, document, measured_bytes, measured_flop
 from nlm.build import design, load_config
 from nlm.cli import main
 from nlm.config import Config, ParallelConfig
+from nlm.mesh import AXES
 from nlm.model import Part, weights
 from nlm.plan.flops import _flops, flops_per_token
 from nlm.plan.gpus import GPUS, machine, peak_flops
 from nlm.plan.layers import Layers
-from nlm.plan.layouts import FREE_SHARE
+from nlm.plan.layouts import FREE_SHARE, best_first
 from nlm.plan.plan import parameters_by_role, plan
 from nlm.plan.report import advice, text
 from nlm.plan.schedule import makespan, orders
@@ -125,34 +126,27 @@ def test_peaks_are_known_or_asked_for() -> None:
     assert given is not None and given.memory_bandwidth is None
 
 
-def large(**parallel: Any) -> Config:
-    row = Row(
-        "large",
-        {"dim": 1024, "n_heads": 16, "n_layers": 48, "vocab_size": 32_000},
-        {"batch_tokens": 64 * 1024, "seq_len": 1024, "precision": "bf16"},
-        parallel,
-    )
-    return row.config
-
-
 def test_what_is_recommended_fits_and_can_be_typed(tmp_path: Path) -> None:
-    config, on = large(recompute="block"), machine("H100", "bf16", 4, {})
+    model = {"dim": 256, "n_layers": 24, "n_heads": 2}
+    config = Row("deep", model, {"batch_tokens": 1024, "seq_len": 256}, {"recompute": "block"}).config
+    on = machine("H100", "fp32", 2, {})
     assert on is not None
-    found = plan(config, on, 4)
+    found = plan(config, on, 2)
     best, fitting = found.layouts[0], [layout for layout in found.layouts if layout.fits(on)]
-    assert best.config.parallel.ranks == 4 and best.gib < 79 * (1 - FREE_SHARE)
+    assert best.config.parallel.ranks == 2 and best.gib < 79 * (1 - FREE_SHARE)
     assert best.estimate.step_s == min(layout.estimate.step_s for layout in fitting)
-    said = advice(found)
-    assert said.partition("\n")[0] == " ".join(["Recommended:", *best.overrides(config)])
+    assert {"dp_replicate", "dp_shard", "tp", "pp"} == {
+        axis for layout in found.layouts for axis in AXES if getattr(layout.config.parallel, axis) == 2
+    }
+    assert advice(found).partition("\n")[0] == " ".join(["Recommended:", *best.overrides(config)])
     (path := tmp_path / "config.toml").write_text(config.to_toml())
     assert load_config(path, best.overrides(config)).parallel == best.config.parallel
     assert "recompute" in text(found) and "MFU" in text(found)
 
-
-def test_what_does_not_fit_is_said() -> None:
-    config = large()
-    found = plan(config, machine(None, "bf16", 2, {"peak_flops": 1e14, "memory_gib": 8}), 2)
-    assert "None fits. The nearest: parallel." in advice(found) and "more GPUs" in advice(found)
+    small = replace(on, memory_gib=0.1)
+    none = replace(found, machine=small, layouts=best_first(found.layouts, small))
+    assert none.layouts[0].gib == min(layout.gib for layout in found.layouts)
+    assert advice(none).startswith("None fits. The nearest: ") and "more GPUs" in advice(none)
 
 
 def test_planning_allocates_nothing() -> None:
