@@ -37,7 +37,13 @@ SMALL = {"dim": 64, "n_layers": 6}
         Row("microbatches", SMALL | {"tied": True, "activation": "swiglu"}, parallel={"microbatches": 2}),
         Row("recompute, bf16", SMALL, {"precision": "bf16"}, {"recompute": "block", "microbatches": 2}),
         Row("another", SMALL | {"scheme": {"name": "brainformer"}, "attention": {"score": "softcap"}}),
-        Row("two ranks", SMALL, parallel={"dp_shard": 2, "recompute": "block"}),
+        # What is dropped after the forward, gloo keeps for a while, which differs from run to run: see docs/plan.md.
+        Row(
+            "two ranks",
+            SMALL | {"vocab_size": 32},
+            {"batch_tokens": 64, "seq_len": 32},
+            {"dp_shard": 2, "recompute": "block", "reshard": False},
+        ),
     ],
     ids=lambda row: row.text,
 )
@@ -55,7 +61,7 @@ def test_the_document_has_what_was_measured() -> None:
         assert of["planned_flops"] == pytest.approx(of["measured_flops"], rel=0.01), name
 
 
-@pytest.mark.parametrize("name", ["plain", "swiglu", "fsdp"])
+@pytest.mark.parametrize("name", ["plain", "swiglu", "fsdp block", "zbv"])
 def test_what_is_planned_anew_is_what_stands_there(name: str) -> None:
     memory, flops = planned(ROWS[name].config)
     assert memory / 2**20 == pytest.approx(FOUND[name]["planned_mib"], rel=0.01)
