@@ -34,7 +34,7 @@ from nlm.optim import OPTIMIZERS
 from nlm.parallel.compile import compile_model
 from nlm.parallel.engine import Engine, WholeEngine
 from nlm.parallel.pipeline import PipelineEngine, split, stages_of
-from nlm.parallel.recompute import recompute_blocks
+from nlm.parallel.recompute import recompute
 from nlm.parallel.shard import shard
 from nlm.parallel.tensor import Ranks, TensorParallel
 from nlm.schemes import SCHEMES
@@ -146,8 +146,7 @@ def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str,
     shard(model, config.parallel, mesh)
     init(model.to_empty(device=mesh.device), config.train.seed, values)
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
-    if config.parallel.recompute == "block":
-        recompute_blocks(model)
+    recompute(model, config.parallel.recompute)
     if config.parallel.compile:
         compile_model(model)
     return model

@@ -15,6 +15,7 @@ EXAMPLES = """\
 examples:
   nlm tokenize plays/ --train-tokenizer 1024 --out data/plays
   nlm probe configs/quickstart.toml model.n_layers=200
+  nlm plan configs/quickstart.toml model.dim=1024 --gpu H100 --gpus 8
   nlm train configs/quickstart.toml optim.lr=5e-4 log.dir=runs/slower
   nlm report runs/quickstart runs/slower --out pictures
 """
@@ -75,6 +76,20 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--width", type=int, default=64, metavar="N", help="probe wider models this wide (64)")
     probe.add_argument("--out", type=Path, metavar="DIR", help="writes pictures and all numbers; default: nothing")
     probe.set_defaults(run=_probe)
+
+    plan = verbs.add_parser("plan", help="see before training what memory, arithmetic and time a config takes")
+    plan.add_argument("config", metavar="CONFIG", help="a TOML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as parallel.tp=2")
+    plan.add_argument("--gpu", metavar="NAME", help="H100, H200, A100, B200, or as torch names it: estimates time")
+    plan.add_argument("--gpus", type=int, metavar="N", help="compares the layouts of so many and recommends one")
+    plan.add_argument("--peak-tflops", type=float, metavar="X", help="of a GPU that is not known, dense")
+    plan.add_argument("--memory-gib", type=float, metavar="X", help="likewise")
+    plan.add_argument("--memory-gb-s", type=float, metavar="X", help="likewise, its bandwidth; else it does not count")
+    plan.add_argument("--link-gb-s", type=float, metavar="X", help="likewise, to the GPUs of its node, one way")
+    plan.add_argument("--network-gb-s", type=float, metavar="X", help="between nodes, for each GPU (50)")
+    plan.add_argument("--efficiency", type=float, metavar="X", help="of kernels and collectives, of the peaks (0.7)")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="writes all numbers; - for the console, without text")
+    plan.set_defaults(run=_plan)
 
     prove = verbs.add_parser("prove-resume", help="train straight through and interrupted, and compare the two runs")
     prove.add_argument("config", metavar="CONFIG", help="a TOML file")
@@ -156,6 +171,36 @@ def _probe(options: argparse.Namespace) -> None:
     print(text(seen, verdict))
     for path in save(seen, verdict, options.out) if options.out else ():
         print(path)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from nlm.build import load_config
+    from nlm.plan.gpus import machine
+    from nlm.plan.plan import plan
+    from nlm.plan.report import text, to_json
+
+    config = load_config(options.config, options.overrides)
+    given = {
+        "peak_flops": (options.peak_tflops, 1e12),
+        "memory_gib": (options.memory_gib, 1),
+        "memory_bandwidth": (options.memory_gb_s, 1e9),
+        "link_bandwidth": (options.link_gb_s, 1e9),
+        "network_bandwidth": (options.network_gb_s, 1e9),
+        "efficiency": (options.efficiency, 1),
+    }
+    on = machine(
+        options.gpu,
+        config.train.precision,
+        options.gpus,
+        {name: value * unit for name, (value, unit) in given.items() if value is not None},
+    )
+    planned = plan(config, on, options.gpus)
+    if options.json == Path("-"):
+        print(to_json(planned))
+        return
+    print(text(planned))
+    if options.json:
+        options.json.write_text(to_json(planned) + "\n", encoding="utf-8")
 
 
 def _prove_resume(options: argparse.Namespace) -> None:

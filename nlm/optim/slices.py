@@ -27,7 +27,9 @@ class Slices:
         """[P]: how many elements a slice has."""
         self.sizes = self.lengths * self._counts
         """[P]: how many elements a parameter has."""
-        self.owner = torch.arange(len(shapes)).repeat_interleave(torch.tensor(self.counts)).to(device)
+        self.owner = (
+            torch.arange(len(shapes)).repeat_interleave(torch.tensor(self.counts), output_size=self.n).to(device)
+        )
         """[N]: the number of the parameter that a slice is of."""
         starts = dict(zip(pieces.weights, accumulate(self.counts, initial=0), strict=False))
         places = []

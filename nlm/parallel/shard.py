@@ -24,10 +24,20 @@ def shard(model: Transformer, parallel: ParallelConfig, mesh: Mesh) -> None:
     if mesh.device_mesh is None or mesh.sizes["dp_shard"] == 1 or parallel.engine != "torch":
         return
     axes = ("dp_replicate", "dp_shard") if mesh.sizes["dp_replicate"] > 1 else ("dp_shard",)
-    reshard = parallel.reshard and mesh.sizes["pp"] == 1
+    reshard = reshards(parallel)
     divide = partial(fully_shard, mesh=mesh.device_mesh[axes], reshard_after_forward=reshard)
     blocks = list(model.blocks.values())
-    size = parallel.blocks_per_unit or ceil(len(blocks) / (UNITS if reshard else UNITS_KEPT))
+    size = blocks_per_unit(parallel, len(blocks))
     for start in range(0, len(blocks), size):
         divide(blocks[start : start + size])
     divide(model)
+
+
+def reshards(parallel: ParallelConfig) -> bool:
+    """Whether gathered parameters are dropped after the forward."""
+    return parallel.reshard and parallel.pp == 1
+
+
+def blocks_per_unit(parallel: ParallelConfig, n_blocks: int) -> int:
+    """How many of a rank's consecutive blocks are gathered at a time."""
+    return parallel.blocks_per_unit or ceil(n_blocks / (UNITS if reshards(parallel) else UNITS_KEPT))

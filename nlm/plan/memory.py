@@ -1,0 +1,299 @@
+"""The memory of a rank through a step: the moment that takes most, and what takes it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Self
+
+import numpy as np
+from torch import nn
+
+from nlm.config import Config
+from nlm.layout import V_SCHEDULES
+from nlm.model import Part
+from nlm.parallel.pieces import BUCKET_ELEMENTS
+from nlm.parallel.pipeline import split, stages_of
+from nlm.parallel.shard import blocks_per_unit, reshards
+from nlm.plan.layers import Layers
+from nlm.plan.schedule import Action, orders
+from nlm.plan.segment import Segment, bytes_of, joined
+from nlm.plan.trace import Place, Rise, Trace, Update, part_of, trace, update_cost
+
+Step = Segment.step
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Parameters and buffers of a place, on one of the tensor parallel ranks."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    element_bytes: int
+    buffer_bytes: int
+
+    @classmethod
+    def of(cls, *modules: nn.Module | None) -> Self:
+        there = [module for module in modules if module is not None]
+        parameters = [p for module in there for p in module.parameters()]
+        buffers = [b for module in there for b in module.buffers()]
+        return cls(
+            tuple(tuple(p.shape) for p in parameters),
+            max((p.element_size() for p in parameters), default=0),
+            sum(b.numel() * b.element_size() for b in buffers),
+        )
+
+    def bytes(self, ranks: int = 1) -> int:
+        """Of the parameters, what the first of so many ranks has when they divide each along its first dim, as FSDP2
+        does."""
+        return self.element_bytes * sum(-(-rows // ranks) * prod(rest) for rows, *rest in self.shapes)
+
+
+class Parameters:
+    """What a tensor parallel rank holds of the model, place by place, and what its update costs.
+
+    `layers` are traced, the others like them; `tied` is what the head reads of the embedding.
+    """
+
+    def __init__(self, config: Config, updates: tuple[Update, Update] | None = None) -> None:
+        layers = Layers(config).traced
+        model = part_of(config, layers)
+        self.tensors: dict[Place, Tensors] = {l: Tensors.of(block) for l, block in enumerate(model.blocks.values())}
+        self.tensors["embed"] = Tensors.of(model.embed, model.token, model.position, model.rotary, model.stem)
+        self.tensors["head"] = Tensors.of(model.final, model.head, model.logits)
+        self.tied = Tensors.of(model.embed) if config.model.tied else Tensors.of()
+        self.updates = updates or (update_cost(config, max(1, layers - 1)), update_cost(config, layers))
+
+    def update(self, name: str, weights: float) -> float:
+        """A number of Update for so many bytes of weights, on the line through the two that were traced."""
+        a, b = self.updates
+        at_a, at_b = getattr(a, name), getattr(b, name)
+        if a.weights == b.weights:
+            return float(at_b * weights / b.weights)
+        return float(max(0.0, at_b + (at_b - at_a) * (weights - b.weights) / (b.weights - a.weights)))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What layouts share that have the same tensor parallelism, rows a microbatch and recomputation."""
+
+    parameters: Parameters
+    trace: Trace
+    deferred: bool
+
+
+def costs_of(config: Config) -> Costs:
+    return Costs(Parameters(config), trace(config, rows(config), defers(config)), defers(config))
+
+
+def rows(config: Config) -> int:
+    """Of a microbatch on each data parallel rank."""
+    return config.batch_rows // config.parallel.data_ranks // config.parallel.microbatches
+
+
+def defers(config: Config) -> bool:
+    """Whether weight gradients are put off."""
+    return config.parallel.pp > 1 and config.parallel.schedule in V_SCHEDULES
+
+
+def stream_bytes(config: Config) -> int:
+    """Of the stream of a microbatch on its way to another rank of the pipeline."""
+    parallel, train = config.parallel, config.train
+    positions = train.seq_len // parallel.tp if parallel.sequence_parallel else train.seq_len
+    return rows(config) * positions * config.model.dim * (8 if train.precision == "fp64" else 4)
+
+
+class Stage:
+    """A part of the stack in the memory of one rank."""
+
+    def __init__(self, config: Config, costs: Costs, part: Part) -> None:
+        self.config, self.costs, self.part = config, costs, part
+        parallel = config.parallel
+        self.sharded = parallel.dp_shard > 1
+        self.ranks = parallel.dp_shard if self.sharded else 1
+        replicated = parallel.dp_replicate > 1 and not self.sharded
+        self.buckets = replicated and parallel.pp == 1  # of DDP, which keeps all gradients in them
+        self.reshards = self.sharded and reshards(parallel)
+        there: dict[Place, bool] = {"embed": part.first, "head": part.last}
+        ends = [place for place, is_there in there.items() if is_there]
+        size = blocks_per_unit(parallel, len(part.layers)) if self.sharded else max(1, len(part.layers))
+        units = [part.layers[i : i + size] for i in range(0, len(part.layers), size)]
+        self.root, self.units = self._holds(ends), [self._holds(layers) for layers in units]
+        self.all = sum(self.units, self.root)
+        self.whole, self.shards = self.bytes(self.all), self.bytes(self.all, self.ranks)
+
+    def _holds(self, places: Sequence[Place]) -> "Counter[Place]":
+        """How often each traced place is among `places`."""
+        like = self.costs.trace.layers.like
+        return Counter(like(place) if isinstance(place, int) else place for place in places)
+
+    def tensors(self, place: Place) -> tuple[Tensors, ...]:
+        parameters = self.costs.parameters
+        tied = (parameters.tied,) if place == "head" and not self.part.first else ()
+        return parameters.tensors[place], *tied
+
+    def bytes(self, places: "Counter[Place]", ranks: int = 1) -> int:
+        return sum(n * of.bytes(ranks) for place, n in places.items() for of in self.tensors(place))
+
+    def gathered(self, places: "Counter[Place]") -> int:
+        return self.ranks * self.bytes(places, self.ranks)
+
+    def forward(self, fresh: bool) -> Segment:
+        """Of a microbatch; `fresh`: the parameters are not gathered yet."""
+        passed = self.costs.trace.first.forward
+        gathers = self.sharded and (fresh or self.reshards)
+        root, before = self.gathered(self.root), 0
+
+        def gather(size: int) -> Segment:
+            """Into a flat buffer, which stays until the next is there, and out of it."""
+            nonlocal before
+            there, before = before, size
+            return Step(buffers=size) + Step(buffers=-there) + Step(gathered=size) if gathers else Segment()
+
+        found = gather(root)
+        if self.part.first:
+            found += rise(passed["embed"], "logits")
+        for unit in self.units:
+            size = self.gathered(unit)
+            found += gather(size)
+            found += joined(rise(passed[place], "activations") * n for place, n in unit.items())
+            found += Step(gathered=-size) if self.reshards else Segment()
+        if self.part.last:
+            found += rise(passed["head"], "logits")
+        found += Step(activations=-sum(n * self.costs.trace.passing.get(place, 0) for place, n in self.all.items()))
+        found += Step(buffers=-before) if gathers else Segment()
+        return found + (Step(gathered=-root) if self.reshards else Segment())
+
+    def backward(self, first: bool, last: bool) -> Segment:
+        """Of a microbatch. The `first` makes the gradients; the `last` has them reduced."""
+        passed = self.costs.trace.first.backward if first else self.costs.trace.later.backward
+        root, pending, ahead = self.gathered(self.root), 0, 0
+        found = Step(buffers=root) + Step(gathered=root) + Step(buffers=-root) if self.reshards else Segment()
+
+        def made(place: Place) -> Segment:
+            size = self.bytes(Counter([place]))
+            new = size if first and not self.costs.deferred else 0
+            segment = rise(passed[place], "activations" if isinstance(place, int) else "logits", new)
+            return segment + Step(gradients=-size) if self.buckets and last else segment
+
+        def end(unit: "Counter[Place]") -> Segment:
+            nonlocal pending
+            segment = self.drop(unit) if last or self.config.parallel.pp == 1 else Segment()
+            if self.sharded and last:
+                segment += self.reduce(unit, pending)
+                pending = self.gathered(unit)
+            return segment
+
+        if self.part.last:
+            found += made("head")
+        for i in reversed(range(len(self.units))):
+            if self.reshards:  # while this unit computes, the next comes into a flat buffer
+                here, ahead = ahead, self.gathered(self.units[i - 1]) if i else 0
+                size = self.gathered(self.units[i])
+                found += Step(gathered=size) + Step(buffers=-here) + Step(buffers=ahead)
+            found += joined(made(place) * n for place, n in reversed(self.units[i].items())) + end(self.units[i])
+        if self.part.first:
+            found += made("embed")
+        return found + end(self.root) + Step(buffers=-pending)
+
+    def weight_gradients(self, first: bool, last: bool) -> Segment:
+        """Of a microbatch whose backward has put them off: made while all that it has kept for them is there."""
+        kept = self.forward(False).net + self.backward(first, False).net
+        shapes = [(of.element_bytes, *shape) for place in self.all for of in self.tensors(place) for shape in of.shapes]
+        product = max(map(prod, shapes), default=0)
+        found = Step(gradients=self.whole if first else 0) + Step(gradients=product) + Step(gradients=-product)
+        found += Segment(-kept, 0 * kept)
+        if self.sharded and last:
+            found += joined(self.drop(unit) + self.reduce(unit, 0) for unit in (*self.units, self.root))
+        return found
+
+    def drop(self, unit: "Counter[Place]") -> Segment:
+        return Step(gathered=-self.gathered(unit)) if self.sharded else Segment()
+
+    def reduce(self, unit: "Counter[Place]", pending: int) -> Segment:
+        """Gradients go into a flat buffer, when the one before is `pending` no longer, and out of it as a shard."""
+        found = Step(buffers=-pending) + Step(buffers=self.gathered(unit))
+        return found + Step(gradients=-self.bytes(unit)) + Step(gradients=self.bytes(unit, self.ranks))
+
+
+def rise(of: Rise, kind: str, gradients: int = 0) -> Segment:
+    """Of a kind, but for gradients that stay."""
+    return Segment(
+        bytes_of(**{kind: of.net - gradients}, gradients=gradients),
+        bytes_of(**{kind: of.peak - gradients}, gradients=gradients),
+    )
+
+
+def rank_memory(config: Config, costs: Costs, rank: int = 0) -> np.ndarray:
+    """[KINDS]: bytes at the moment of a step when a pipeline rank has most."""
+    stages = stages_on(config, costs, rank)
+    there = _static(config, costs, list(stages.values()))
+    passes = _passes(stages, orders(config.parallel)[rank])
+    return (there + passes + _end(config, costs, list(stages.values()))).peak
+
+
+def stages_on(config: Config, costs: Costs, rank: int) -> dict[int, Stage]:
+    """What a pipeline rank holds."""
+    parallel, model = config.parallel, config.model
+    if parallel.pp == 1:
+        return {0: Stage(config, costs, Part(range(model.n_layers), first=True, last=True))}
+    parts = split(model, config.train.seq_len, parallel.n_stages)
+    return {s: Stage(config, costs, parts[s]) for s in stages_of(rank, parallel)}
+
+
+def _static(config: Config, costs: Costs, stages: list[Stage]) -> Segment:
+    """What is there from step to step."""
+    parallel, update = config.parallel, costs.parameters.update
+    buffers = sum(
+        n * of.buffer_bytes for stage in stages for place, n in stage.all.items() for of in stage.tensors(place)
+    )
+    whole = sum(stage.whole for stage in stages)
+    state = update("state", whole) / parallel.dp_shard + update("kept", whole)
+    found = Step(weights=sum(stage.shards for stage in stages) + buffers, optimizer=state)
+    if stages[0].buckets:
+        found += Step(gradients=whole)
+    if parallel.pp > 1:  # a buffer for what comes in, of each microbatch, forward and backward
+        neighbours = sum((not stage.part.first) + (not stage.part.last) for stage in stages)
+        found += Step(buffers=stream_bytes(config) * parallel.microbatches * neighbours)
+    return found
+
+
+def _passes(stages: dict[int, Stage], order: Sequence[Action]) -> Segment:
+    """All microbatches. A stage does the same to most of them, which is not computed again."""
+    does = {"F": "forward", "I": "input", "B": "gradients", "W": "gradients"}
+    left = Counter((does[kind], s) for kind, s, _ in order)
+    all_of, known = left.copy(), dict[tuple[str, int, bool, bool], Segment]()
+    found = Segment()
+    for kind, s, _ in order:
+        what = does[kind], s
+        first, last = left[what] == all_of[what], left[what] == 1
+        left[what] -= 1
+        if (key := (kind, s, first, last)) not in known:
+            known[key] = _done(stages[s], kind, first, last)
+        found += known[key]
+    return found
+
+
+def _done(stage: Stage, kind: str, first: bool, last: bool) -> Segment:
+    match kind:
+        case "F":
+            return stage.forward(fresh=first or stage.config.parallel.pp == 1)
+        case "I":
+            return stage.backward(first, False)
+        case "W":
+            return stage.weight_gradients(first, last)
+        case _ if stage.costs.deferred:
+            return stage.backward(first, False) + stage.weight_gradients(first, last)
+    return stage.backward(first, last)
+
+
+def _end(config: Config, costs: Costs, stages: list[Stage]) -> Segment:
+    """Gradients are joined and clipped; what statistics need of the weights is copied; the update."""
+    parallel, update = config.parallel, costs.parameters.update
+    pieces = sum(stage.whole for stage in stages) / parallel.dp_shard
+    found = Segment()
+    if parallel.pp > 1 and parallel.dp_replicate > 1:
+        flat = min(pieces, 4 * BUCKET_ELEMENTS)
+        found += Step(buffers=flat) + Step(buffers=-flat)
+    found += Step(update=(most := update("clip", pieces))) + Step(update=-most)
+    found += Step(update=pieces if config.statistics.enabled else 0)
+    return found + Step(update=update("update", pieces))

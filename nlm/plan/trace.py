@@ -1,0 +1,200 @@
+"""What the real code does to memory: a step of a few layers of the model, on tensors that have none.
+
+Nothing here knows a scheme, a norm, a score or an optimizer: forward, backward, clipping and update are those of
+training, and what they allocate and free is written down where the stream goes from one layer to the next.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nlm.build import design
+from nlm.config import Config
+from nlm.data.rank import batch_of
+from nlm.model import Part, Transformer
+from nlm.parallel.deferred import DeferredGradients
+from nlm.parallel.recompute import recompute
+from nlm.plan.fake import ImaginedEngine, ImaginedTensorParallel, faked
+from nlm.plan.layers import Layers
+from nlm.plan.ledger import Ledger
+
+Place = int | Literal["embed", "head"]
+"""A layer; what comes before all layers; what comes after, the loss included."""
+
+
+class Rise(NamedTuple):
+    """What happens in a place: bytes beyond those at its start, at its end and when they are most; and the
+    work that a Ledger counts."""
+
+    net: float
+    peak: float
+    flops: float
+    moved: float
+    kernels: float
+    sent: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one microbatch does, place by place."""
+
+    forward: dict[Place, Rise]
+    backward: dict[Place, Rise]
+
+
+@dataclass(frozen=True)
+class Update:
+    """The end of a step with parameters of so many bytes: optimizer state of the pieces, what else every rank keeps,
+    of which checkpoints have `saved`; what clipping and the update take for a while, and the bytes that they move."""
+
+    weights: float
+    state: float
+    kept: float
+    saved: float
+    clip: float
+    update: float
+    moved: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """`first` and `later` are microbatches: the first makes the gradients that later ones add to.
+
+    `passing`, by layer, are bytes that a layer's forward leaves and its backward does not find: they are gone when the
+    whole forward has ended, as are autocast's copies of weights that nothing has saved.
+    """
+
+    layers: Layers
+    first: Pass
+    later: Pass
+    passing: dict[Place, float]
+
+
+def trace(config: Config, rows: int, deferred: bool = False) -> Trace:
+    """Of `rows` a microbatch on a tensor parallel rank of the config's. `deferred`: the backward leaves out the weight
+    gradients, as in the schedules that put them off."""
+    layers = Layers(config)
+    model = part_of(config, layers.traced)
+    with FakeTensorMode(), Ledger(model.tp.size) as ledger:
+        faked(model)
+        recompute(model, config.parallel.recompute)
+        take = DeferredGradients(model).take if deferred else lambda: lambda: None
+        levels = _levels(ledger, model)
+        batch = batch_of(config, tuple(torch.zeros(2, 2 * rows, config.train.seq_len + 1, dtype=torch.int64)), 0)
+        passes = []
+        for part in batch.chunk(2):
+            levels.mark()
+            loss = model(*part.arguments()) * 1.0
+            levels.mark()
+            loss.backward()
+            del loss
+            levels.mark()
+            passes.append(_pass(levels.rises(), layers.traced))
+            take()()
+    first, later = passes
+    passing: dict[Place, float] = {}
+    if not deferred:  # there it is the weight gradients that end what the backward leaves
+        passing = {l: later.forward[l].net + later.backward[l].net for l in range(layers.traced)}
+    gone = sum(passing.values())
+    for of in passes:  # as if the head ended nothing but its own
+        of.forward["head"] = of.forward["head"]._replace(net=of.forward["head"].net + gone)
+    return Trace(layers, first, later, passing)
+
+
+def between(few: Trace, many: Trace, share: float) -> Trace:
+    """What lies at that share of the way from one trace to one of more rows. Bytes and work grow evenly with rows, but
+    for peaks, which are at most this high: of several moments that grow evenly, one may take over from another."""
+
+    def mean(a: Pass, b: Pass) -> Pass:
+        return Pass(_mean(a.forward, b.forward, share), _mean(a.backward, b.backward, share))
+
+    passing = {l: x + share * (many.passing[l] - x) for l, x in few.passing.items()}
+    return Trace(few.layers, mean(few.first, many.first), mean(few.later, many.later), passing)
+
+
+def _mean(a: dict[Place, Rise], b: dict[Place, Rise], share: float) -> dict[Place, Rise]:
+    return {place: Rise(*(x + share * (y - x) for x, y in zip(a[place], b[place], strict=True))) for place in a}
+
+
+def update_cost(config: Config, n_layers: int) -> Update:
+    """Of the first `n_layers` with both ends."""
+    model = part_of(config, n_layers)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    with FakeTensorMode(), Ledger() as ledger:
+        faked(model)
+        before = ledger.now
+        engine = ImaginedEngine(config, model)
+        state = sum(t.numel() * t.element_size() for of in engine.optimizer.state for t in of.values())
+        kept = ledger.now - before - state
+        saved = sum(t.numel() * t.element_size() for t in engine.shared.values())
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        levels = _Levels(ledger)
+        levels.mark()
+        engine.clip()
+        levels.mark()
+        engine.update(1e-3, torch.zeros((), dtype=torch.bool))
+        levels.mark()
+        clip, update = levels.rises()
+    return Update(weights, state, kept, saved, clip.peak, update.peak, clip.moved + update.moved)
+
+
+def part_of(config: Config, n_layers: int) -> Transformer:
+    """The first layers and both ends of the model, of them what a tensor parallel rank of the config's holds."""
+    tp = ImaginedTensorParallel(config.parallel.tp, config.parallel.sequence_parallel)
+    model = design(config, tp, Part(range(n_layers), first=True, last=True))
+    if config.train.precision == "fp64":
+        model.double()
+    model.cross_entropy.sparse_k = config.train.sparse_softmax_k
+    model.precision = config.train.precision
+    return model
+
+
+class _Levels:
+    """What there was at each mark."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.seen = ledger, list[Rise]()
+
+    def mark(self) -> None:
+        of = self.ledger
+        self.seen.append(Rise(of.now, of.read_peak(), of.flops, of.moved, of.kernels, of.sent))
+
+    def rises(self) -> list[Rise]:
+        """From mark to mark, which are forgotten."""
+        seen, self.seen = self.seen, []
+        return [
+            Rise(*(b - a for a, b in zip(before, after, strict=True)))._replace(peak=after.peak - before.net)
+            for before, after in pairwise(seen)
+        ]
+
+
+def _levels(ledger: Ledger, model: Transformer) -> _Levels:
+    """Marks where the stream comes to a block and leaves the last, and where its gradient does."""
+    levels, call_block = _Levels(ledger), model.call_block
+    *_, last = model.blocks.values()
+
+    def watch(x: Tensor) -> None:
+        levels.mark()
+        x.register_hook(lambda gradient: levels.mark())
+
+    def watched(block: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+        watch(x)
+        y, norms = call_block(block, x, *rest)
+        if block is last:
+            watch(y)
+        return y, norms
+
+    model.call_block = watched
+    return levels
+
+
+def _pass(rises: list[Rise], n_layers: int) -> Pass:
+    places: list[Place] = ["embed", *range(n_layers), "head"]
+    assert len(rises) == 2 * len(places), "the stream has taken another way than from block to block"
+    forward, backward = rises[: len(places)], rises[len(places) :]
+    return Pass(dict(zip(places, forward, strict=True)), dict(zip(reversed(places), backward, strict=True)))
