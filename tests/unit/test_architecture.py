@@ -23,6 +23,7 @@ LEVELS = [
     ["nlm.optim", "nlm.statistics"],
     ["nlm.parallel"],
     ["nlm.build", "nlm.evaluate"],
+    ["nlm.plan"],
     ["nlm.checkpoint", "nlm.faults", "nlm.fold", "nlm.metrics", "nlm.stop"],
     ["nlm.compare", "nlm.transition"],
     ["nlm.train", "nlm.prove", "nlm.probe"],

@@ -1,0 +1,1 @@
+"""What a config will cost, before anything is allocated: memory, arithmetic, communication, time."""
