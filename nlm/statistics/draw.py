@@ -77,8 +77,8 @@ def heat_map(axes: Axes, steps: NDArray[Any], values: NDArray[Any], scale: Norma
     drawn = cells(values, scale, (CELLS, CELLS))
     middles = (steps[1:] + steps[:-1]) / 2
     borders = np.concatenate([steps[:1] - 0.5, middles, steps[-1:] + 0.5])[drawn.columns]
-    shown = np.ma.masked_array(np.where(np.isnan(drawn.levels), np.inf, drawn.levels), drawn.absent)
-    axes.pcolorfast(borders, drawn.rows, shown, norm=Normalize(0, 1), cmap=colour_map(kind))
+    shown = np.ma.masked_array(np.where(np.isnan(drawn.levels), 2.0, drawn.levels), drawn.absent)
+    axes.pcolormesh(borders, drawn.rows, shown, norm=Normalize(0, 1), cmap=colour_map(kind))
 
 
 def colours(scale: Normalize, kind: ScaleKind) -> ScalarMappable:

@@ -196,7 +196,7 @@ def test_scales_are_rounded_outward() -> None:
 def test_no_outlier_is_lost_in_a_small_picture(tmp_path: Path) -> None:
     """Of a thousand layers and steps, one layer too high, one too low and one not finite, each at a single step."""
     values = np.random.default_rng(0).uniform(9.0, 11.0, (1000, 1000)).astype(np.float32)
-    values[501, 731], values[20, 3], values[999, 999] = 9e3, 1.1e-2, np.nan
+    values[501, 731], values[20, 3], values[990, 990] = 9e3, 1.1e-2, np.nan
     values[:, 400:500] = np.nan  # layers that have none
     scale = scale_of([values], "log")
     small = cells(values, scale, (100, 50))
@@ -250,8 +250,8 @@ def events(run: Path) -> EventAccumulator:
 
 def test_tensorboard_has_as_many_tags_at_any_depth(run_config: RunConfig) -> None:
     shown = {"tensorboard": True}
-    shallow = events(train(run_config("shallow", {"n_layers": 2}, log=shown, statistics={"images_every": 4})))
-    deep = events(train(run_config("deep", {"n_layers": 60}, log=shown, statistics={"images_every": 4})))
+    shallow = events(train(run_config("shallow", {"n_layers": 2}, log=shown, statistics={"images_every": 8})))
+    deep = events(train(run_config("deep", {"n_layers": 30}, log=shown, statistics={"images_every": 4})))
     assert deep.Tags() == shallow.Tags()
     images = set(deep.Tags()["images"])
     assert {"layers/grad_norm", "profiles/grad_norm", "layers/stream_rms_out"} <= images
