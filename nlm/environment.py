@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-import nlm
 from nlm.build import design
 from nlm.config import Config
 from nlm.mesh import AXES
@@ -34,7 +34,7 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
     parallel = config.parallel
     fused = OPTIMIZERS[config.optim.name].fused
     return {
-        "nlm": nlm.__version__,
+        "nlm": version("nlm"),
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,

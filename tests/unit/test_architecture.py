@@ -13,7 +13,7 @@ PACKAGE = Path(nlm.__file__).parent
 LEVELS = [
     ["nlm.anatomy", "nlm.config", "nlm.parallel.hang"],
     ["nlm.parallel.watch"],
-    ["nlm.batch", "nlm.guard", "nlm.layout", "nlm.storage", "nlm.parallel.tensor", "nlm.parallel.launch"],
+    ["nlm.batch", "nlm.guard", "nlm.layout", "nlm.sinks", "nlm.storage", "nlm.parallel.tensor", "nlm.parallel.launch"],
     ["nlm.activations", "nlm.norms", "nlm.positions", "nlm.random", "nlm.runtime", "nlm.mesh"],
     ["nlm.weight_norms", "nlm.scores", "nlm.data"],
     ["nlm.schemes"],
@@ -24,6 +24,7 @@ LEVELS = [
     ["nlm.parallel"],
     ["nlm.build", "nlm.evaluate"],
     ["nlm.plan"],
+    ["nlm.environment"],
     ["nlm.checkpoint", "nlm.faults", "nlm.fold", "nlm.metrics", "nlm.stop"],
     ["nlm.compare", "nlm.transition"],
     ["nlm.train", "nlm.prove", "nlm.probe"],
