@@ -131,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores})")
     tokenize.set_defaults(run=_tokenize)
 
-    report = verbs.add_parser("report", help="draw the loss curves and layer heat maps of runs")
+    report = verbs.add_parser(
+        "report", help="one page of what runs did: losses, heat maps over layers, what stands out"
+    )
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="default: report")
     report.set_defaults(run=_report)

@@ -356,12 +356,34 @@ def _enabled(value: Any) -> Any:
     return {"enabled": value} if isinstance(value, bool) else value
 
 
+class WandbConfig(Section):
+    """Weights & Biases, from `pip install 'nlm[wandb]'`."""
+
+    project: str = "nlm"
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class MlflowConfig(Section):
+    """MLflow, from `pip install 'nlm[mlflow]'`; `tracking_uri` is a server or a folder, "file:…"."""
+
+    tracking_uri: str
+    experiment: str = "nlm"
+
+
 class LogConfig(Section):
-    """`dir` is the run's folder, by default runs/NAME of the config file; a line is logged every `every` steps."""
+    """`dir` is the run's folder, by default runs/NAME of the config file; a line is logged every `every` steps.
+
+    `peak_tflops` of a rank, for MFU where the device is none of those whose peak is known. With a table `wandb` or
+    `mlflow` numbers and pictures go there as well.
+    """
 
     dir: str
     every: PositiveInt = 10
     tensorboard: bool = True
+    peak_tflops: PositiveFloat | None = None
+    wandb: WandbConfig | None = None
+    mlflow: MlflowConfig | None = None
 
 
 class EvaluateConfig(Section):

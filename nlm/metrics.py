@@ -1,4 +1,4 @@
-"""Where the numbers of a step go: the console, `metrics.jsonl`, `layers/` and TensorBoard."""
+"""Where the numbers of a step go: the console, `metrics.jsonl`, `layers/` and what shows them elsewhere."""
 
 import json
 import os
@@ -15,12 +15,16 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
 
 from nlm.config import Config
-from nlm.statistics.draw import tensorboard_images
+from nlm.environment import device_name, write_environment
+from nlm.plan.flops import flops_per_token
+from nlm.plan.gpus import peak_flops
+from nlm.runtime import pick_device
+from nlm.sinks import pixels, sinks
+from nlm.statistics.draw import live_figures
 from nlm.statistics.health import Alarm
-from nlm.statistics.store import LayerWriter, read_layers
+from nlm.statistics.store import LayerWriter, StoredLayers
 
 Scalars = Mapping[str, float]
 
@@ -36,15 +40,15 @@ class Log:
     def __enter__(self) -> Self:
         self.run.mkdir(parents=True, exist_ok=True)
         (self.run / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
+        write_environment(self.run, self.config, device := pick_device())
+        self._efficiency = Efficiency(self.config, device_name(device))
         self._stack = ExitStack()
         self._jsonl, self._alarms = (self._go_on(f"{name}.jsonl") for name in ("metrics", "alarms"))
-        self._layers = self._board = None
+        self._layers = None
         if self.config.statistics.enabled:
             writer = LayerWriter(self.run, self.config.model.n_layers, self.start)
             self._layers = self._stack.enter_context(writer)
-        if self.config.log.tensorboard:
-            board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1 if self.start else None)
-            self._board = self._stack.enter_context(board)
+        self._sinks = [self._stack.enter_context(sink) for sink in sinks(self.run, self.config, self.start)]
         self._progress = self._stack.enter_context(_progress(self.name))
         self._task = self._progress.add_task(self.name, total=self.steps, completed=self.start, summary="")
         self._began = time.perf_counter()
@@ -85,32 +89,53 @@ class Log:
         facts: Mapping[str, int],
         worst: str | None = None,
     ) -> None:
-        """One logged step: scalars by name; with statistics a vector [L] a quantity, and the worst layer in words;
-        facts, which nobody draws."""
-        self._jsonl.write(json.dumps({"step": step, **scalars, **facts}) + "\n")
+        """One logged step: scalars by name; with statistics a vector [L] a quantity; facts, which nobody draws; and, in
+        words, the layer that is farthest from what it should be."""
+        scalars = {**scalars, **self._efficiency.of(scalars["tokens_s"])}
+        record = {"step": step, **scalars, **facts} | ({} if worst is None else {"worst_layer": worst})
+        self._jsonl.write(json.dumps(record) + "\n")
         self._jsonl.flush()
         if vectors is not None and self._layers is not None:
             self._layers.write(step, dict(vectors))
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
-            if vectors is not None and (step % self.config.statistics.images_every == 0 or step == self.steps):
-                tensorboard_images(self._board, read_layers(self.run), step)
-        summary = _summary(scalars)
+        for sink in self._sinks:
+            sink.scalars(step, scalars)
+        draws = step % self.config.statistics.images_every == 0 or step == self.steps
+        if self._sinks and vectors is not None and draws:
+            for name, figure in live_figures(StoredLayers(self.run)):
+                picture = pixels(figure)
+                for sink in self._sinks:
+                    sink.picture(step, name, picture)
+        summary = _summary(scalars, worst)
         self._progress.update(self._task, summary=summary)
         if self._progress.disable:
             eta = _clock(self.eta_s(step))
             self.say(f"step {step}/{self.steps}  {summary}  ETA {eta}")
 
 
-def _summary(scalars: Scalars) -> str:
+class Efficiency:
+    """How much a rank computes a second, and the share of what it could: of model FLOPs, recomputation not counted."""
+
+    def __init__(self, config: Config, device: str) -> None:
+        self._flops = flops_per_token(config) / config.parallel.ranks
+        given = config.log.peak_tflops
+        self._peak = given * 1e12 if given else peak_flops(device, config.train.precision)
+
+    def of(self, tokens_s: float) -> dict[str, float]:
+        """Tokens a second of all ranks -> "tflops_per_rank" and, of a device whose peak is known, "mfu"."""
+        flops_s = tokens_s * self._flops
+        return {"tflops_per_rank": flops_s / 1e12} | ({"mfu": flops_s / self._peak} if self._peak else {})
+
+
+def _summary(scalars: Scalars, worst: str | None) -> str:
     text = f"loss {scalars['loss']:.3f}"
     if "validation_loss" in scalars:
         text += f"  validation {scalars['validation_loss']:.3f}"
-    return (
-        f"{text}  grad {scalars['grad_norm']:.2e}  lr {scalars['lr']:.1e}  {scalars['tokens_s']:,.0f} tokens/s  "
-        f"{scalars['peak_memory_gib']:.1f} GiB"
+    efficiency = f"MFU {scalars['mfu']:.1%}" if "mfu" in scalars else f"{scalars['tflops_per_rank']:.2g} TFLOP/s a rank"
+    text += (
+        f"  grad {scalars['grad_norm']:.2e}  lr {scalars['lr']:.1e}  {scalars['tokens_s']:,.0f} tokens/s  "
+        f"{efficiency}  {scalars['peak_memory_gib']:.1f} GiB"
     )
+    return text if worst is None else f"{text}  {worst}"
 
 
 def _clock(seconds: float) -> str:

@@ -24,6 +24,7 @@ from nlm.optim import learning_rate
 from nlm.parallel.engine import Engine
 from nlm.parallel.launch import process_group
 from nlm.runtime import denormals_flushed, keep_freed_memory, peak_memory_gib, pick_device
+from nlm.sinks import refuse_missing_libraries
 from nlm.statistics.diagnose import first_bad_layer
 from nlm.statistics.health import resumed_monitor
 from nlm.statistics.record import LayerStatistics
@@ -38,6 +39,7 @@ def train(config: Config) -> Path:
     FloatingPointError when steps had to be left out again after the run went back, or it has no checkpoint to go back
     to; Stopped when a signal or train.max_minutes ended it early, its checkpoint written.
     """
+    refuse_missing_libraries(config)
     device = pick_device()
     with process_group(config, device) as step_ended, denormals_flushed():
         mesh = Mesh(config.parallel, device)

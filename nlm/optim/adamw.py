@@ -17,6 +17,8 @@ from nlm.schemes.base import Scheme
 class AdamW(Optimizer):
     """Torch's own, in one kernel."""
 
+    fused = True
+
     def __init__(
         self, pieces: Pieces, config: OptimConfig, *, betas: Betas = (0.9, 0.95), eps: PositiveFloat = 1e-8
     ) -> None:

@@ -26,6 +26,7 @@ class Optimizer(ABC):
     """
 
     copies: tuple[str, ...] = ()
+    fused = False  # whether an update is one kernel
 
     def __init__(self, pieces: Pieces, config: OptimConfig) -> None:
         self.pieces, self.weights = pieces, pieces.tensors

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from nlm.statistics.draw import colour_scale
+from nlm.statistics.cells import scale_of
 
 Curves = Mapping[str, NDArray[Any]]
 
@@ -49,7 +49,7 @@ def depth_figure(depths: NDArray[Any], totals: Curves, exponents: Sequence[float
 
 def _scale(axes: Axes, arrays: Iterable[NDArray[Any]]) -> None:
     """As that of the heat maps: what hardly varies looks as if it hardly varied."""
-    scale = colour_scale(arrays)
+    scale = scale_of(arrays, "log")
     axes.set_yscale("log")
     axes.set_ylim(scale.vmin, scale.vmax)
 

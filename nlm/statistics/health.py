@@ -13,7 +13,7 @@ from nlm.anatomy import MATRICES
 from nlm.model import Transformer
 from nlm.schemes.base import Growth
 from nlm.statistics.laws import gradient_law, rate, stream_law
-from nlm.statistics.store import recent_layers
+from nlm.statistics.store import STEP, StoredLayers
 
 Vectors = Mapping[str, NDArray[Any]]
 
@@ -125,8 +125,10 @@ class Monitor:
 def resumed_monitor(run: Path, whole: Transformer, last_step: int, start: int) -> Monitor:
     """Of a run that goes on after step `start`: knows what it recorded, and told, before."""
     monitor = Monitor(whole.scheme.growth, whole.config.head_dim, last_step)
-    for step, vectors in recent_layers(run, start, WINDOW):
-        monitor.judge(step, vectors)
+    layers = dict(StoredLayers(run))
+    steps = layers.pop(STEP, np.empty(0))
+    for i in np.flatnonzero(steps <= start)[-WINDOW:]:
+        monitor.judge(int(steps[i]), {name: vectors[i] for name, vectors in layers.items()})
     return monitor
 
 

@@ -6,6 +6,7 @@ is left out when the folder is read.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from math import inf
 from pathlib import Path
 from types import TracebackType
@@ -55,42 +56,49 @@ class LayerWriter:
         self._file.flush()
 
 
+class StoredLayers(Mapping[str, NDArray[Any]]):
+    """A run's statistics, each read when it is asked for: "step" [steps] int64 and, by name, [steps L] float32.
+
+    What a start of the run did not record yet is NaN there. Without statistics it is empty.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        files = _files(Path(run))
+        ends = [start for start, _ in files[1:]] + [inf]
+        batches = [
+            batch
+            for (_, file), end in zip(files, ends, strict=False)
+            for batch in _whole_batches(file)
+            if batch[STEP][0].as_py() <= end
+        ]
+        tables = [pa.Table.from_batches(same) for _, same in groupby(batches, key=lambda batch: batch.schema)]
+        self._table = pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self._table.column_names:
+            raise KeyError(name)
+        column = self._table[name]
+        return column.to_numpy() if name == STEP else _matrix(column)  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table.column_names)
+
+    def __len__(self) -> int:
+        return len(self._table.column_names)
+
+
 def read_layers(run: str | Path, names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
     """A run's statistics: "step" [steps] int64 and, by name, [steps L] float32; `names` picks some.
 
     Errors: ValueError for a run without statistics, or one without a statistic of that name.
     """
-    batches = _batches(Path(run))
-    if not batches:
+    stored = StoredLayers(run)
+    if not stored:
         raise ValueError(f"{run}: no layer statistics; give the folder of a run with statistics.enabled = true")
-    table = pa.Table.from_batches(batches)
-    chosen = [name for name in table.column_names if name != STEP] if names is None else list(names)
-    if missing := sorted(set(chosen) - set(table.column_names)):
-        raise ValueError(f"{run}: no statistic {', '.join(missing)}; there are {', '.join(table.column_names)}")
-    steps = table[STEP].to_numpy()
-    return {STEP: steps} | {name: _matrix(table[name], len(steps)) for name in chosen}
-
-
-def recent_layers(run: Path, until: int, n: int) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
-    """The last `n` steps recorded up to step `until`, in order, and their vectors [L]; none of a run without any."""
-    batches = [batch for batch in _batches(run) if batch[STEP][0].as_py() <= until]
-    for batch in batches[-n:]:
-        yield (
-            batch[STEP][0].as_py(),
-            {name: batch[name].flatten().to_numpy() for name in batch.schema.names if name != STEP},
-        )
-
-
-def _batches(run: Path) -> list[pa.RecordBatch]:
-    """A record batch a step, without what was made again."""
-    files = _files(run)
-    ends = [start for start, _ in files[1:]] + [inf]
-    return [
-        batch
-        for (_, file), end in zip(files, ends, strict=True)
-        for batch in _whole_batches(file)
-        if batch[STEP][0].as_py() <= end
-    ]
+    chosen = [name for name in stored if name != STEP] if names is None else list(names)
+    if missing := sorted(set(chosen) - set(stored)):
+        raise ValueError(f"{run}: no statistic {', '.join(missing)}; there are {', '.join(stored)}")
+    return {name: stored[name] for name in (STEP, *chosen)}
 
 
 def _files(run: Path) -> list[tuple[int, Path]]:
@@ -108,7 +116,12 @@ def _whole_batches(file: Path) -> Iterator[pa.RecordBatch]:
             return
 
 
-def _matrix(column: pa.ChunkedArray, steps: int) -> NDArray[np.float32]:
-    """A column of `steps` lists of L numbers -> [steps L]."""
-    values: NDArray[np.float32] = column.combine_chunks().flatten().to_numpy()
-    return values.reshape(steps, -1)
+def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """A column of lists of L numbers -> [steps L], NaN where there is no list."""
+    lists = column.combine_chunks()
+    values: NDArray[np.float32] = lists.flatten().to_numpy().reshape(-1, column.type.list_size)
+    if not lists.null_count:
+        return values
+    matrix = np.full((len(lists), column.type.list_size), np.nan, np.float32)
+    matrix[lists.is_valid().to_numpy(zero_copy_only=False)] = values
+    return matrix

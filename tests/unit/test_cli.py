@@ -39,8 +39,9 @@ def test_train_and_report(config: Path, tmp_path: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "step 3/3" in shown and "tokens/s" in shown and "ETA 0:00" in shown and "loss" in shown
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "pictures")]) == 0
-    pictures = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert pictures[0] == tmp_path / "pictures" / "overview.png" and len(pictures) == 7
+    html, *pictures = map(Path, capsys.readouterr().out.splitlines())
+    assert html == tmp_path / "pictures" / "report.html" and html.read_text().startswith("<!doctype html>")
+    assert pictures[0] == tmp_path / "pictures" / "overview.png" and len(pictures) >= 11
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 

@@ -1,4 +1,4 @@
-"""Per-layer statistics: right against an independent count, whole after a crash, drawn, and reported."""
+"""Per-layer statistics: right against an independent count, whole after a crash, and drawn."""
 
 from collections.abc import Callable
 from itertools import product
@@ -10,6 +10,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import nn
 
 from nlm import SCHEMES, build_model, load_checkpoint, read_layers
@@ -23,10 +24,11 @@ from nlm.mesh import Mesh
 from nlm.model import weights
 from nlm.optim import adamw, learning_rate
 from nlm.parallel.engine import Engine
-from nlm.statistics.draw import colour_scale, quantity_figure
+from nlm.statistics.cells import absent, cells, scale_of
+from nlm.statistics.draw import ABSENT, MAIN, NOT_FINITE, profile_figure, quantity_figure
 from nlm.statistics.noise import signal_and_noise
+from nlm.statistics.outliers import outliers
 from nlm.statistics.record import LayerStatistics
-from nlm.statistics.report import report
 from nlm.statistics.store import LayerWriter
 from nlm.train import train
 
@@ -304,17 +306,74 @@ def test_a_resumed_run_overrides_what_came_later(tmp_path: Path) -> None:
     assert_holds(tmp_path, range(1, 5))
 
 
+def test_what_was_not_recorded_from_the_start_is_nan_there(tmp_path: Path) -> None:
+    """A run that goes on with a version that records more."""
+    write(tmp_path, 0, range(1, 3))
+    with LayerWriter(tmp_path, 5, 2) as writer:
+        writer.write(3, vectors(3) | {"c/z": np.ones(5, np.float32)})
+    layers = read_layers(tmp_path)
+    assert_holds(tmp_path, range(1, 4))
+    assert np.isnan(layers["c/z"][:2]).all() and (layers["c/z"][2] == 1).all()
+    assert absent(layers["c/z"]).tolist() == [[True] * 5, [True] * 5, [False] * 5]
+
+
 # drawing
 
 
-def test_colours_span_the_positive_values() -> None:
-    scale = colour_scale([np.array([[0.0, 1e-3]]), np.array([[np.nan, np.inf], [5.0, 1e-2]])])
-    assert (scale.vmin, scale.vmax) == (1e-3, 5.0)
-    assert colour_scale([np.array([1e-30, 1.0])]).vmin == pytest.approx(1e-12)
-    for flat, middle in (np.zeros(2), 1.0), (np.full(2, 3.0), 3.0), (np.array([1.0, 4.0]), 2.0):
-        scale = colour_scale([flat])
-        assert scale.vmax / scale.vmin == pytest.approx(10.0)
-        assert scale.vmax * scale.vmin == pytest.approx(middle**2)
+def test_scales_are_rounded_outward() -> None:
+    """So that a picture some steps later has the same one."""
+    for values, low, high in (
+        ([0.0, 1.2e-3, np.nan, np.inf, 5.0], 1e-3, 10.0),
+        ([1e-30, 0.7], 1e-12, 1.0),
+        ([0.0], 1.0, 10.0),
+        ([3.0], 1.0, 10.0),
+        ([10.0], 10.0, 100.0),
+    ):
+        scale = scale_of([np.array(values)], "log")
+        assert (scale.vmin, scale.vmax) == (pytest.approx(low), pytest.approx(high))
+    for values, kind, low, high in (
+        ([0.1, 0.83], "linear", 0.0, 1.0),
+        ([-0.3, 3.1], "linear", -0.5, 5.0),
+        ([0.0], "linear", 0.0, 1.0),
+        ([-0.3, 3.1], "symmetric", -5.0, 5.0),
+        ([-30.0], "symmetric", -50.0, 50.0),
+        ([0.0], "symmetric", -1.0, 1.0),
+    ):
+        scale = scale_of([np.array(values)], kind)  # type: ignore[arg-type]
+        assert (scale.vmin, scale.vmax) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_no_outlier_is_lost_in_a_small_picture(tmp_path: Path) -> None:
+    """Of a thousand layers and steps, one layer too high, one too low and one not finite, each at a single step."""
+    values = np.random.default_rng(0).uniform(9.0, 11.0, (1000, 1000)).astype(np.float32)
+    values[501, 731], values[20, 3], values[990, 990] = 9e3, 1.1e-2, np.nan
+    values[:, 400:500] = np.nan  # layers that have none
+    scale = scale_of([values], "log")
+    small = cells(values, scale, (100, 50))
+    assert small.levels.shape == (100, 50)
+    assert small.levels[73, 25] > 0.99 and small.levels[0, 1] < 0.01
+    assert np.isnan(small.levels[99, 49]) and np.isnan(small.levels).sum() == 1
+    assert small.absent[40:50].all() and small.absent.sum() == 500
+
+    quantity_figure({"step": np.arange(1, 1001), "q/part": values}, "q").savefig(tmp_path / "q.png")
+    pixels = (imread(tmp_path / "q.png")[..., :3] * 255).round().astype(int)
+
+    def of(colour: str) -> Any:
+        return (pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
+
+    assert of(NOT_FINITE).any() and of(ABSENT).sum() > 500
+    assert (pixels[:, : pixels.shape[1] // 2].sum(-1) > 650).any(), "nearly white: the highest level"
+
+
+@pytest.mark.parametrize("kind", ["log", "linear", "symmetric"])
+def test_profiles_are_of_the_first_the_last_and_quarter_points(kind: Any) -> None:
+    quantity = {"log": "grad_norm", "linear": "stream_cosine", "symmetric": "max_logit"}[kind]
+    values = np.linspace(0.1, 0.9, 21)[:, None] * np.ones((21, 70))
+    figure = profile_figure({"step": np.arange(10, 31), f"{quantity}/part": values}, quantity)
+    (axes,) = figure.axes
+    assert [line.get_label() for line in axes.lines] == ["10", "15", "20", "25", "30"]
+    assert [line.get_ydata()[0] for line in axes.lines] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
+    assert axes.get_yscale() == ("log" if kind == "log" else "linear")
 
 
 def test_a_heat_map_shows_layers_upwards_and_steps_to_the_right(tmp_path: Path) -> None:
@@ -333,40 +392,56 @@ def test_a_heat_map_shows_layers_upwards_and_steps_to_the_right(tmp_path: Path) 
     assert corner > inside[: upper - 9].mean() + 1 and corner > inside[:, : right - 9].mean() + 1
 
 
-def tags(run: Path) -> dict[str, Any]:
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
-    events.Reload()
-    return {kind: events.Tags()[kind] for kind in ("scalars", "images")} | {
-        "image_steps": [e.step for e in events.Images("layers/grad_norm")]
-    }
+def events(run: Path) -> EventAccumulator:
+    read = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    read.Reload()
+    return read
 
 
 def test_tensorboard_has_as_many_tags_at_any_depth(run_config: RunConfig) -> None:
     shown = {"tensorboard": True}
-    shallow = train(run_config("shallow", {"n_layers": 2}, log=shown, statistics={"images_every": 4}))
-    deep = train(run_config("deep", {"n_layers": 60}, log=shown, statistics={"images_every": 4}))
-    assert tags(shallow) == tags(deep)
-    assert tags(deep)["image_steps"] == [4, 8]
-    assert {"loss", "grad_norm", "lr", "tokens_s"} <= set(tags(deep)["scalars"])
+    shallow = events(train(run_config("shallow", {"n_layers": 2}, log=shown, statistics={"images_every": 8})))
+    deep = events(train(run_config("deep", {"n_layers": 30}, log=shown, statistics={"images_every": 4})))
+    assert deep.Tags() == shallow.Tags()
+    images = set(deep.Tags()["images"])
+    assert {"layers/grad_norm", "profiles/grad_norm", "layers/stream_rms_out"} <= images
+    assert len(images) <= 2 * len(MAIN)
+    assert [event.step for event in deep.Images("layers/grad_norm")] == [4, 8]
+    assert {"loss", "grad_norm", "lr", "tokens_s"} <= set(deep.Tags()["scalars"])
 
 
-def test_report_of_two_runs(run_config: RunConfig, tmp_path: Path) -> None:
-    runs = [train(run_config(f"{folder}/run", {"scheme": {"name": "pre_ln"}})) for folder in ("a", "b")]
-    pictures = list(report(runs, tmp_path / "out"))
-    assert pictures[0] == tmp_path / "out" / "overview.png"
-    assert {p.parent.name for p in pictures[1:]} == {"a-run", "b-run"}
-    assert {p.stem for p in pictures[1:]} == {
-        "grad_norm", "weight_norm", "update_ratio", "stream_rms_in", "branch_rms", "stream_rms_out",
-    }  # fmt: skip
-    assert all(imread(picture).std() > 0.02 for picture in pictures), "not blank"
+def test_tensorboard_has_the_config(run_config: RunConfig) -> None:
+    """As text and as hyperparameters, in the run's own folder: a folder below it would be another run."""
+    config = run_config("run", log={"tensorboard": True})
+    run = train(config)
+    assert all(path.is_file() for path in (run / "tensorboard").iterdir())
+    read = events(run)
+    (text,) = read.Tensors("config/text_summary")
+    assert 'name = "pre_ln"' in text.tensor_proto.string_val[0].decode()
+    start = plugin_data_pb2.HParamsPluginData.FromString(
+        read.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    )
+    given = start.session_start_info.hparams
+    assert given["optim.lr"].number_value == config.optim.lr
+    assert given["model.scheme.name"].string_value == "pre_ln"
 
 
-def test_report_without_statistics_draws_the_losses(run_config: RunConfig, tmp_path: Path) -> None:
-    run = train(run_config("bare", statistics={"enabled": False}))
-    assert list(report([run], tmp_path / "out")) == [tmp_path / "out" / "overview.png"]
+# layers that stand out
 
 
-def test_report_names_each_run_once(run_config: RunConfig, tmp_path: Path) -> None:
-    run = train(run_config("run"))
-    with pytest.raises(ValueError, match="name each once"):
-        list(report([run, run], tmp_path))
+@pytest.mark.parametrize("kind", ["log", "linear", "symmetric"])
+def test_a_layer_that_stands_out_is_found(kind: Any) -> None:
+    """From its neighbours or from its own past, and no other, on a slope and while all layers drift."""
+    noise = np.random.default_rng(0).normal(0, 0.02, (40, 200))
+    slope = 0.01 * np.arange(200) + 0.01 * np.arange(40)[:, None] + noise
+    slope[:, 50] += 0.5  # always off its neighbours
+    slope[-1, 120:140] += 0.5  # off their past, in the middle of such
+    slope[-1, 180] = np.nan
+    slope[:, 60:70] = np.nan  # have none
+    values = 10.0**slope if kind == "log" else slope
+    found = {outlier.layer: outlier for outlier in outliers(values, kind, 6.0)}
+    assert found.keys() == {50, 180, *range(120, 140)}
+    assert found[50].from_neighbours > 6 > found[50].from_past
+    assert found[130].from_past > 6 > found[130].from_neighbours
+    assert found[130].value == pytest.approx(values[-1, 130])
+    assert found[180].sigma == np.inf
