@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from entries import COMBINATIONS
 from torch import Tensor
 
 from nlm import SCHEMES, read_layers
 from nlm.anatomy import MATRICES
 from nlm.batch import Batch
 from nlm.build import build_engine
-from nlm.config import Config
+from nlm.config import Config, read_table
 from nlm.mesh import Mesh
 from nlm.parallel.engine import WholeEngine
 from nlm.statistics.forward import ForwardStatistics
@@ -38,6 +37,12 @@ HEALTHY = (
 )
 
 
+def as_published(scheme: str) -> dict[str, Any]:
+    """The keys of [model] with which the scheme is trained."""
+    model: dict[str, Any] = read_table(Path(f"configs/schemes/{scheme}.toml")).get("model", {})
+    return {"scheme": {"name": scheme}} | model
+
+
 def alarms(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "alarms.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -45,7 +50,7 @@ def alarms(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def deep(run_config: RunConfig) -> Callable[..., Config]:
     def make(scheme: str, n_layers: int, steps: int, **optim: Any) -> Config:
-        model = COMBINATIONS[scheme] | {"n_layers": n_layers, "ffn_dim": 64}
+        model = as_published(scheme) | {"n_layers": n_layers, "ffn_dim": 64}
         return run_config("run", model, train={"steps": steps, "batch_tokens": 256}, optim=optim)
 
     return make
@@ -57,7 +62,7 @@ def deep(run_config: RunConfig) -> Callable[..., Config]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_starts_by_its_law(scheme: str, make_config: Callable[..., Config]) -> None:
     """Within a factor of four of the stream's variance, and of six of its gradient."""
-    config = make_config(COMBINATIONS[scheme] | {"n_layers": 48, "dim": 64}, train={"batch_tokens": 256, "seq_len": 32})
+    config = make_config(as_published(scheme) | {"n_layers": 48, "dim": 64}, train={"batch_tokens": 256, "seq_len": 32})
     engine = build_engine(config, Mesh())
     recorded = ForwardStatistics(engine, queries=1)
     recorded.begin()
