@@ -66,8 +66,9 @@ def attention_kernel(config: Config, device: torch.device) -> str:
     one sample of that shape.
     """
     first = Part(range(min(config.model.n_layers, 4)), first=True, last=False)  # not every layer may have attention
+    traced = design(config, part=first)
     with FakeTensorMode(), _Calls() as calls:
-        traced = faked(design(config, part=first))
+        faked(traced)
         tokens = torch.zeros(1, config.train.seq_len, dtype=torch.int64)
         traced(tokens, segments=tokens if config.data.document_mask else None)
     if not calls.seen:
