@@ -7,8 +7,8 @@ seconds, the ratio to the first contender (above 1: faster), and the peak reside
   peers       24 layers, D=128, seq 256, vocabulary 8192, fp32, forward + backward + AdamW: Hugging Face Llama with
               sdpa against the same model in nlm (pre_ln, rmsnorm, swiglu, rope), eager and compiled
   depth       quickstart's width at 100 and at 1,000 layers; the target is at most 1.1 × 10 times the time
-  statistics  1,000 layers, every step recorded and written to `layers/`, against none; recording every 10th step
-              costs a tenth of the difference
+  statistics  1,000 layers, every step recorded, judged and written to `layers/`, against none, eager or compiled:
+              `tools/statistics_cost.py` makes a table of it
   tp, pp, dp  quickstart's width and 1,024 tokens a step at --layers (200) layers, on two ranks: tensor parallelism
               against one process, the pipeline's schedules against 1F1B, FSDP2 and ZeRO against plain torch DDP
 """
@@ -40,6 +40,7 @@ from nlm.build import build_engine, build_model, parse_config
 from nlm.config import Config
 from nlm.mesh import Mesh
 from nlm.runtime import keep_freed_memory, peak_memory_gib, pick_device
+from nlm.statistics.health import Monitor
 from nlm.statistics.record import LayerStatistics
 from nlm.statistics.store import LayerWriter
 
@@ -120,6 +121,7 @@ def deep(n_layers: int, record: bool = False, **parallel: Any) -> Step:
     engine = build_engine(settings, mesh)
     rows = batch(WIDTH["vocab_size"], 16, 64).chunk(mesh.data_size)[mesh.data_rank]
     layer_statistics = LayerStatistics(engine, settings.statistics)
+    monitor = Monitor(engine.whole.scheme.growth, settings.model.head_dim, 10**6)
     contexts = ExitStack()
     scratch = Path(contexts.enter_context(tempfile.TemporaryDirectory()))
     writer = contexts.enter_context(LayerWriter(scratch, n_layers, 0))
@@ -133,7 +135,9 @@ def deep(n_layers: int, record: bool = False, **parallel: Any) -> Step:
             layer_statistics.before_update()
         engine.update(1e-4)
         if record:
-            writer.write(i, layer_statistics.vectors(norms))
+            vectors = layer_statistics.vectors(norms)
+            writer.write(i, vectors)
+            monitor.judge(i, vectors)
 
     return step
 
@@ -206,13 +210,16 @@ BENCHES: dict[str, tuple[int, dict[str, Contender]]] = {
             "100 layers": Contender(deep, {"n_layers": 100}),
         },
     ),
-    "statistics": (
-        1,
-        {
-            "none recorded": Contender(deep, {"n_layers": 1000}),
-            "every step recorded": Contender(deep, {"n_layers": 1000, "record": True}),
-        },
-    ),
+    **{
+        name: (
+            1,
+            {
+                "none recorded": Contender(deep, {"n_layers": 1000} | keys),
+                "every step recorded": Contender(deep, {"n_layers": 1000, "record": True} | keys),
+            },
+        )
+        for name, keys in (("statistics", {}), ("statistics-compiled", {"compile": True}))
+    },
 }
 """Name of the benchmark -> steps a turn, contenders by name."""
 

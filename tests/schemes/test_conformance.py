@@ -145,6 +145,8 @@ def test_one_graph_serves_all_blocks(config: Config) -> None:
     model.signals = Signals(queries=4)
     model(x)
     assert len(graphs) == 2 * kinds, "recording takes one graph more, for all blocks alike"
+    shows = ["aminmax" in str(graph.graph) for graph in graphs]
+    assert shows == [False] * kinds + [True] * kinds, "and where nothing is recorded nothing of it is compiled"
 
 
 def test_recompute_changes_nothing(config: Config) -> None:

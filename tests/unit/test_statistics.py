@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import product
+from math import lgamma
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from nlm.optim import adamw, learning_rate
 from nlm.parallel.engine import Engine
 from nlm.statistics.cells import absent, cells, scale_of
 from nlm.statistics.draw import ABSENT, MAIN, NOT_FINITE, profile_figure, quantity_figure
+from nlm.statistics.forward import ForwardStatistics
 from nlm.statistics.noise import signal_and_noise
 from nlm.statistics.outliers import outliers
 from nlm.statistics.record import LayerStatistics
@@ -178,6 +180,20 @@ def test_what_is_learned_is_recorded_as_the_equation_sees_it(run_config: RunConf
     rates = [float(block.attn_residual.part("alpha").abs().mean()) for block in blocks]
     assert np.allclose(layers["learned/attn_residual.alpha"][-1], rates, rtol=1e-5)
     assert np.allclose(layers["learned/attn.score.g"][-1], [float(block.attn.score.g) for block in blocks], rtol=1e-5)
+
+
+def test_k27_entropy_of_uniform_attention(run_config: RunConfig) -> None:
+    """K27: ln(T!) / T over all positions, when no query prefers a key; so is the reference beside it."""
+    config = run_config("run", statistics={"queries": 32})
+    engine = build_engine(config, Mesh())
+    for block in engine.models[0].blocks.values():
+        torch.nn.init.zeros_(block.attn.wq.weight)
+    recorded = ForwardStatistics(engine, queries=32)
+    recorded.begin()
+    engine.forward_backward(RankData(config, Mesh()).rows(1))
+    vectors = recorded.vectors()
+    for name in ("attention_entropy/attn", "attention_uniform/attn"):
+        assert vectors[name].tolist() == pytest.approx([lgamma(33) / 32] * config.model.n_layers, rel=1e-6)
 
 
 @pytest.fixture
