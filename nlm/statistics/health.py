@@ -140,6 +140,7 @@ def _jumps(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
             continue
         past = np.log(np.stack(monitor.past[name]))
         usual = np.nanmedian(past, 0)
+        usual = np.where(np.isfinite(usual), usual, np.nan)  # of what was 0 nothing can be said
         moved = np.log(now[name]) - usual
         common = np.nanmedian(moved)
         # How each layer used to move beside the others.
@@ -225,7 +226,7 @@ def _worst(
     kind: str, name: str, expected: NDArray[np.float64] | float, seen: NDArray[np.float64], severity: Any, why: str
 ) -> Iterator[Finding]:
     """The one layer of all that is worst, if any can be told."""
-    severity = np.where(np.isfinite(severity), severity, -inf)
+    severity = np.nan_to_num(severity, nan=-inf, posinf=np.finfo(np.float64).max)
     layer = int(severity.argmax())
     if np.isfinite(severity[layer]):
         of = float(np.broadcast_to(expected, severity.shape)[layer])

@@ -29,12 +29,12 @@ def stream_law(variance: Vector, growth: Growth) -> Vector:
 
 def gradient_law(gradient_rms: Vector, stream_rms: Vector) -> Vector:
     """RMS [L] of the loss's gradient by the stream after each layer, and of that stream -> [L]: what the first should
-    be, inversely proportional to the second, seen from the last quarter of the layers, where it comes from.
+    be, inversely proportional to the second, seen from the last hundredth of the layers, where it comes from.
 
     A norm divides what it reads by its size, and so the gradient by what it reads. At initialization it holds within a
     factor of six for every scheme.
     """
-    last = -max(1, len(stream_rms) // 4)
+    last = -max(1, len(stream_rms) // 100)
     return np.median((gradient_rms * stream_rms)[last:]) / stream_rms  # type: ignore[no-any-return]
 
 
