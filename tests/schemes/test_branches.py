@@ -27,7 +27,7 @@ def test_k18_blocks_start_as_the_identity(build: Build, text: Tensor, scheme: st
     model = build(scheme, 6)
     x = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
     for block in model.blocks.values():
-        assert torch.equal(block(x, None, None, None, False)[0], x)
+        assert torch.equal(block(x, None, None, None, None)[0], x)
     if scheme == "fixup":
         assert model(text[:, :-1]).abs().max() == 0, "the head starts at 0"
         return

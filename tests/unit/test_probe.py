@@ -135,7 +135,7 @@ def test_the_numbers_are_those_of_autograd_and_of_a_step(run_config: RunConfig, 
     streams = [model.stem(x)]
     rotary = model.rotary(batch.inputs.shape[1])
     for block in model.blocks.values():
-        streams.append(block(streams[-1], rotary, None, None, False)[0])
+        streams.append(block(streams[-1], rotary, None, None, None)[0])
     logits = model.logits(model.head(model.final(streams[-1])))
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
     names, matrices, layers = zip(
