@@ -37,7 +37,8 @@ def _in_order(vectors: Vectors) -> Iterator[tuple[str, int]]:
     backward = [name for name in vectors if name.startswith("grad_norm/") and name != "grad_norm/layer"]
     sublayers = [name.partition("/")[2] for name in vectors if name.startswith(f"{SIGNALS[0]}/")]
     forward = [name for name in vectors if name.startswith("weight_norm/")]
-    forward += [f"{signal}/{sublayer}" for sublayer in sublayers for signal in SIGNALS]
+    signals = (f"{signal}/{sublayer}" for sublayer in sublayers for signal in SIGNALS)
+    forward += [name for name in signals if name in vectors]
     layers = range(len(next(iter(vectors.values()))))
     yield from ((name, layer) for layer in layers for name in forward)
     yield from ((name, layer) for layer in reversed(layers) for name in backward)

@@ -218,8 +218,9 @@ def _forecasts(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
 
 
 def _last(now: Vectors, quantity: str) -> str:
-    """The name of a quantity of a layer's last sublayer."""
-    return [name for name in now if name.startswith(f"{quantity}/") and np.isfinite(now[name]).any()][-1]
+    """The name of a quantity of a layer's last sublayer; where any is finite, of one that is."""
+    names = [name for name in now if name.startswith(f"{quantity}/")]
+    return ([name for name in names if np.isfinite(now[name]).any()] or names)[-1]
 
 
 def _worst(
