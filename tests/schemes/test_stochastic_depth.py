@@ -61,7 +61,7 @@ def test_k30_a_sample_has_a_sublayer_or_not(scheme: str, make_config: MakeConfig
     assert (kept - kept[0]).abs().max() < 1e-12
     assert (kept[0] - evaluated[0]).abs().max() > 1e-6 or scheme == "ngpt", "twice the branch; a unit vector stays one"
     first = model.blocks["0"]
-    plain, given = (first(x, None, None, k, False)[0] for k in (None, keys))
+    plain, given = (first(x, None, None, k, None)[0] for k in (None, keys))
     assert torch.equal(plain, given)
 
 
