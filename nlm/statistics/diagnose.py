@@ -35,10 +35,12 @@ def first_bad_layer(vectors: Vectors, before: Vectors, sigma: float) -> str | No
 
 def _in_order(vectors: Vectors) -> Iterator[tuple[str, int]]:
     backward = [name for name in vectors if name.startswith("grad_norm/") and name != "grad_norm/layer"]
-    sublayers = [name.partition("/")[2] for name in vectors if name.startswith(f"{SIGNALS[0]}/")]
+    names = [name for name in vectors if name.partition("/")[0] in SIGNALS]
+    parts = list(dict.fromkeys(name.partition("/")[2] for name in names))
     forward = [name for name in vectors if name.startswith("weight_norm/")]
-    signals = (f"{signal}/{sublayer}" for sublayer in sublayers for signal in SIGNALS)
-    forward += [name for name in signals if name in vectors]
+    forward += sorted(
+        names, key=lambda name: (parts.index(name.partition("/")[2]), SIGNALS.index(name.partition("/")[0]))
+    )
     layers = range(len(next(iter(vectors.values()))))
     yield from ((name, layer) for layer in layers for name in forward)
     yield from ((name, layer) for layer in reversed(layers) for name in backward)
