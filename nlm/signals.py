@@ -69,20 +69,23 @@ class Signals:
 
 def moments(x: Tensor) -> Tensor:
     """[…] -> MOMENTS of its elements [4], in float32 or more."""
-    x = _flat(x)
-    return torch.stack([x.sum(), x.dot(x), *x.aminmax()])
+    return torch.stack(_moments(_flat(x)))
 
 
 def stream_signals(x: Tensor, y: Tensor) -> Tensor:
     """The stream before a sublayer and after it -> MOMENTS of the second, and the product with the first [5]."""
     y = _flat(y)
-    return torch.stack([y.sum(), y.dot(y), *y.aminmax(), y.dot(_flat(x))])
+    return torch.stack([*_moments(y), y.dot(_flat(x))])
 
 
 def squares(x: Tensor) -> Tensor:
     """[…] -> []: the sum of squares, in float32 or more."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x.detach(), dtype=dtype).square()  # of any layout in memory, without a copy
+
+
+def _moments(x: Tensor) -> list[Tensor]:
+    return [x.sum(), x.dot(x), *x.aminmax()]
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from nlm.config import Config, ConfigError, MlflowConfig, WandbConfig
+from nlm.config import Config, ConfigError, MlflowConfig, WandbConfig, dotted
 
 Picture = NDArray[np.uint8]
 """[height width 3]."""
@@ -154,15 +154,7 @@ def pixels(figure: Figure) -> Picture:
 
 def parameters(config: Config) -> dict[str, Any]:
     """Every key that has a value, under its dotted name."""
-
-    def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in table.items():
-            if isinstance(value, Mapping):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    return dict(flat(config.model_dump(exclude_none=True)))
+    return dict(dotted(config.model_dump(exclude_none=True)))
 
 
 def _identifier(run: Path, name: str, make: Any) -> str:

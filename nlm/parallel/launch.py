@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed has them, unknown to mypy
 from torch.distributed.rendezvous import rendezvous
 
-from nlm.config import Config, ParallelConfig
+from nlm.config import Config, ParallelConfig, dotted
 from nlm.parallel.watch import LIMITS, Limits, Me, RankLost, Watch, host_of, until
 
 T = TypeVar("T")
@@ -210,20 +210,12 @@ def _what_runs(config: Config) -> dict[str, Any]:
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "torch": torch.__version__,
-        **dict(_flat(config.model_dump(mode="json", exclude_none=True))),
+        **dict(dotted(config.model_dump(mode="json", exclude_none=True))),
         **{
             f"sha256 of {path.relative_to(package.parent)}": sha256(path.read_bytes()).hexdigest()[:16]
             for path in sorted(package.rglob("*.py"))
         },
     }
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _digest(what: Mapping[str, Any]) -> str:

@@ -23,12 +23,12 @@ class LayerStatistics:
 
     def due(self, step: int) -> bool:
         """Whether a step has something to record on request."""
-        return self._spectra_due(step) or self._noise_due(step)
+        return _due(step, self.config.spectra_every) or _due(step, self.config.noise_every)
 
     def begin(self, rows: Batch, step: int = 0) -> None:
         """Before the forward of rows that is to be recorded; with the number of a step, what is due then."""
-        self.requested = self._spectra(rows if self._spectra_due(step) else None)
-        self.half_norms = half_gradient_norms(self.engine, rows) if self._noise_due(step) else None
+        self.requested = self._spectra(rows if _due(step, self.config.spectra_every) else None)
+        self.half_norms = half_gradient_norms(self.engine, rows) if _due(step, self.config.noise_every) else None
         self.forward.begin()
 
     def before_update(self) -> None:
@@ -42,12 +42,6 @@ class LayerStatistics:
         vectors |= self.requested | self._noise(gradient_norms)
         table = torch.stack(list(vectors.values())).float().cpu().numpy()  # one transfer to the host
         return dict(zip(vectors, table, strict=True))
-
-    def _spectra_due(self, step: int) -> bool:
-        return step > 0 and self.config.spectra_every > 0 and step % self.config.spectra_every == 0
-
-    def _noise_due(self, step: int) -> bool:
-        return step > 0 and self.config.noise_every > 0 and step % self.config.noise_every == 0
 
     def _spectra(self, rows: Batch | None) -> dict[str, Tensor]:
         if not self.config.spectra_every:
@@ -73,3 +67,7 @@ class LayerStatistics:
 
     def _nothing(self, *shape: int) -> Tensor:
         return torch.full(shape, torch.nan, dtype=torch.float64, device=self.engine.mesh.device)
+
+
+def _due(step: int, every: int) -> bool:
+    return step > 0 and every > 0 and step % every == 0
