@@ -65,6 +65,9 @@ def _layers(run: Path, reference: Path, number_by_number: bool) -> Iterator[tupl
             if "_mean" in name:  # may be nothing but rounding: what counts is how far it moves what has this RMS
                 rms = theirs[name.replace("_mean", "_rms")][i]
                 a, b = 1 + a / rms, 1 + b / rms
+            elif "weight_angle" in name:  # nothing but rounding when a matrix only shrinks
+                ratio = theirs[name.replace("weight_angle", "update_ratio")][i]
+                a, b = np.hypot(ratio, a), np.hypot(ratio, b)
             yield f"layers/{name}", f"step {step}", compare(a, b)
 
 
