@@ -23,7 +23,7 @@ from nlm.metrics import Log
 from nlm.optim import learning_rate
 from nlm.parallel.engine import Engine
 from nlm.parallel.launch import process_group
-from nlm.runtime import denormals_flushed, keep_freed_memory, peak_memory_gib, pick_device
+from nlm.runtime import denormals_flushed, keep_freed_memory, peak_memory_gib, pick_device, uncollected
 from nlm.sinks import refuse_missing_libraries
 from nlm.statistics.diagnose import first_bad_layer
 from nlm.statistics.health import resumed_monitor
@@ -89,7 +89,7 @@ def _train(config: Config, mesh: Mesh, stop: StopRequest, step_ended: Callable[[
             latest = checkpoints(folder)[-1:]
             start = resume(latest[0], engine, data.corpus, guard) if latest else 0
             faults.start_after(start)
-            with Log(folder, config, start) if mesh.speaks else nullcontext() as log:
+            with Log(folder, config, start) if mesh.speaks else nullcontext() as log, uncollected():
                 ended = _steps(run, start, checkpointer, log)
             if not isinstance(ended, Rollback):
                 return ended

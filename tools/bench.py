@@ -39,7 +39,7 @@ from nlm.batch import Batch
 from nlm.build import build_engine, build_model, parse_config
 from nlm.config import Config
 from nlm.mesh import Mesh
-from nlm.runtime import keep_freed_memory, peak_memory_gib, pick_device
+from nlm.runtime import keep_freed_memory, peak_memory_gib, pick_device, uncollected
 from nlm.statistics.health import Monitor
 from nlm.statistics.record import LayerStatistics
 from nlm.statistics.store import LayerWriter
@@ -125,6 +125,7 @@ def deep(n_layers: int, record: bool = False, **parallel: Any) -> Step:
     contexts = ExitStack()
     scratch = Path(contexts.enter_context(tempfile.TemporaryDirectory()))
     writer = contexts.enter_context(LayerWriter(scratch, n_layers, 0))
+    contexts.enter_context(uncollected())
 
     def step(i: int) -> None:
         if record:

@@ -1,5 +1,6 @@
 """What the ranks hold of the parameters, as plain tensors, and what only all of them together know of them."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -13,6 +14,8 @@ from nlm.model import Held, Transformer, held
 
 EXACT_ELEMENTS = 2**14
 """Of how many elements torch takes the norm on the CPU without losing digits: of 50 million it is off by 0.4 %."""
+STACK_ELEMENTS = {"cpu": 2**18, "cuda": 2**22}
+"""How much is stacked to be one operation instead of one a piece: enough for that, no more than a cache holds."""
 BUCKET_ELEMENTS = 2**23
 """How much one collective carries: enough that its latency does not matter, little beside a model."""
 
@@ -24,6 +27,8 @@ class Pieces:
     `weights` has the parameters of the whole model, in its order; vectors [P] follow it. `pieces` are for an engine
     that divides the parameters in its own way, perhaps into several pieces each.
     """
+
+    exact_elements = EXACT_ELEMENTS
 
     def __init__(
         self,
@@ -54,9 +59,20 @@ class Pieces:
         order = {name: i for i, name in enumerate(self.weights)}
         self.numbers = torch.tensor([order[h.name] for h in self.held], device=self.mesh.device)
         """[N]: of each piece, the number of its parameter."""
-        self._divides = any(len(self._exact(self.tensors[i])) > 1 for i in self.counted)
-        places = [order[self.held[i].name] for i in self.counted for _ in self._exact(self.tensors[i])]
+        self._stacked = self._same_shapes()
+        places = [order[self.held[i].name] for same in self._stacked for i in same]
         self._places = torch.tensor(places, dtype=torch.int64, device=self.mesh.device)
+
+    def _same_shapes(self) -> list[list[int]]:
+        """What this rank stands for, in runs of one shape that are just large enough."""
+        by_shape = defaultdict[torch.Size, list[int]](list)
+        for i in self.counted:
+            by_shape[self.tensors[i].shape].append(i)
+        runs = []
+        for shape, same in by_shape.items():
+            n = max(1, STACK_ELEMENTS[self.mesh.device.type] // max(1, shape.numel()))
+            runs += [same[at : at + n] for at in range(0, len(same), n)]
+        return runs
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the pieces, plain tensors that share their memory."""
@@ -97,14 +113,25 @@ class Pieces:
 
         Squares of vanishing gradients leave float32's range, hence float64.
         """
+        return self.joined([self.square_sums(stack) for stack in self.stacks(tensors)])
+
+    def stacks(self, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Tensors, one a piece -> what this rank stands for of them, a few of one shape at a time [n …]; one alone
+        without a copy."""
+        for same in self._stacked:
+            first, *others = (tensors[i] for i in same)
+            yield torch.stack([first, *others]) if others else first[None]
+
+    def square_sums(self, stack: Tensor) -> Tensor:
+        """[n …] -> [n], in float64."""
+        rows = stack.reshape(len(stack), stack[0].numel())
+        parts = rows.split(self.exact_elements, 1) if rows.device.type == "cpu" else [rows]
+        return torch.stack([torch.linalg.vector_norm(part, dim=1).double().square() for part in parts]).sum(0)
+
+    def joined(self, square_sums: list[Tensor]) -> Tensor:
+        """Those of `stacks`, in their order -> [P]."""
         squares = torch.zeros(len(self.weights), dtype=torch.float64, device=self.mesh.device)
-        if self.counted:
-            parts = [tensors[i] for i in self.counted]
-            if self._divides:
-                parts = [part for tensor in parts for part in self._exact(tensor)]
-            norms = torch.stack(torch._foreach_norm(parts))
-            squares.index_add_(0, self._places, norms.to(squares).square())
-        return squares
+        return squares.index_add_(0, self._places, torch.cat(square_sums)) if square_sums else squares
 
     def which(self, is_so: Callable[[Weight], bool]) -> Tensor:
         """[P] bool: of which parameters it is so."""
@@ -113,12 +140,6 @@ class Pieces:
     def each(self, values: Tensor) -> tuple[Tensor, ...]:
         """One number a parameter [P] -> each piece's, [] each, of the kind of the pieces."""
         return values[self.numbers].to(self.tensors[0]).unbind()
-
-    def _exact(self, tensor: Tensor) -> Sequence[Tensor]:
-        """A tensor in parts that are small enough to take their norms."""
-        if self.mesh.device.type != "cpu" or tensor.numel() <= EXACT_ELEMENTS:
-            return (tensor,)
-        return tensor.flatten().split(EXACT_ELEMENTS)
 
 
 def all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None, factor: float = 1.0) -> None:

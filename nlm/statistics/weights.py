@@ -52,17 +52,19 @@ class WeightStatistics:
 
     @torch.no_grad()
     def before_update(self) -> None:
-        self.before = [piece.clone() for piece in self.pieces.tensors]
+        self.before = [stack.clone() for stack in self.pieces.stacks(self.pieces.tensors)]
 
     @torch.no_grad()
     def vectors(self, gradient_norms: Tensor) -> dict[str, Tensor]:
         """After the update, of the gradients' norms [P] -> "quantity/role", [L], the same on every rank."""
         assert self.before is not None, "before_update was not called in this step"
         pieces = self.pieces
-        before, after = pieces.squares(self.before), pieces.squares(pieces.tensors)
-        torch._foreach_sub_(self.before, pieces.tensors)
-        joint = pieces.mesh.sum(torch.stack([before, after, pieces.squares(self.before), self._sums()]))
+        parts: tuple[list[Tensor], ...] = ([], [], [])
+        for then, now in zip(self.before, pieces.stacks(pieces.tensors), strict=True):
+            for part, stack in zip(parts, (then, now, then - now), strict=True):
+                part.append(pieces.square_sums(stack))
         self.before = None
+        joint = pieces.mesh.sum(torch.stack([*map(pieces.joined, parts), self._sums()]))
         before, after, update = map(self.by_role, joint[:3])
         gradient = self.by_role(gradient_norms.square())
 
