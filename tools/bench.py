@@ -7,8 +7,8 @@ seconds, the ratio to the first contender (above 1: faster), and the peak reside
   peers       24 layers, D=128, seq 256, vocabulary 8192, fp32, forward + backward + AdamW: Hugging Face Llama with
               sdpa against the same model in nlm (pre_ln, rmsnorm, swiglu, rope), eager and compiled
   depth       quickstart's width at 100 and at 1,000 layers; the target is at most 1.1 × 10 times the time
-  statistics  1,000 layers, every step recorded, judged and written to `layers/`, against none, eager or compiled:
-              `tools/statistics_cost.py` makes a table of it
+  statistics  1,000 layers, every step recorded, judged and written to `layers/`, against none, eager or compiled,
+              narrow or wide: `tools/statistics_cost.py` makes a table of it
   tp, pp, dp  quickstart's width and 1,024 tokens a step at --layers (200) layers, on two ranks: tensor parallelism
               against one process, the pipeline's schedules against 1F1B, FSDP2 and ZeRO against plain torch DDP
 """
@@ -49,6 +49,12 @@ Step = Callable[[int], None]
 
 PEERS = {"vocab_size": 8192, "dim": 128, "n_layers": 24, "n_heads": 4, "ffn_dim": 344}
 WIDTH = {"vocab_size": 512, "dim": 64, "n_heads": 2, "ffn_dim": 128, "activation": "relu"}
+
+WIDER: dict[str, Any] = {
+    "model": {"dim": 128, "n_heads": 4, "ffn_dim": 512},
+    "seq_len": 128,
+    "recompute": "block",
+}
 
 
 def config(model: dict[str, Any], seq_len: int, rows: int = 1, **parallel: Any) -> Config:
@@ -111,15 +117,17 @@ def llama_peer() -> Step:
     return step
 
 
-def deep(n_layers: int, record: bool = False, **parallel: Any) -> Step:
+def deep(
+    n_layers: int, record: bool = False, seq_len: int = 64, model: dict[str, Any] | None = None, **parallel: Any
+) -> Step:
     """As `nlm train` steps: clipping, projection and, to record, statistics."""
     keep_freed_memory()
-    settings = config(WIDTH | {"n_layers": n_layers}, 64, rows=16, **parallel)
+    settings = config(WIDTH | {"n_layers": n_layers} | (model or {}), seq_len, rows=16, **parallel)
     if settings.parallel.ranks > 1:
         dist.init_process_group()
     mesh = Mesh(settings.parallel, pick_device())
     engine = build_engine(settings, mesh)
-    rows = batch(WIDTH["vocab_size"], 16, 64).chunk(mesh.data_size)[mesh.data_rank]
+    rows = batch(WIDTH["vocab_size"], 16, seq_len).chunk(mesh.data_size)[mesh.data_rank]
     layer_statistics = LayerStatistics(engine, settings.statistics)
     monitor = Monitor(engine.whole.scheme.growth, settings.model.head_dim, 10**6)
     contexts = ExitStack()
@@ -219,7 +227,12 @@ BENCHES: dict[str, tuple[int, dict[str, Contender]]] = {
                 "every step recorded": Contender(deep, {"n_layers": 1000, "record": True} | keys),
             },
         )
-        for name, keys in (("statistics", {}), ("statistics-compiled", {"compile": True}))
+        for name, keys in (
+            ("statistics", {}),
+            ("statistics-compiled", {"compile": True}),
+            ("statistics-wide", WIDER),
+            ("statistics-wide-compiled", WIDER | {"compile": True}),
+        )
     },
 }
 """Name of the benchmark -> steps a turn, contenders by name."""
