@@ -196,6 +196,20 @@ def test_k27_entropy_of_uniform_attention(run_config: RunConfig) -> None:
         assert vectors[name].tolist() == pytest.approx([lgamma(33) / 32] * config.model.n_layers, rel=1e-6)
 
 
+def test_units_that_do_little(run_config: RunConfig) -> None:
+    """One that gives nothing, one that gives a hundredth of the others, and one that gives enough."""
+    config = run_config("run", {"activation": "gelu"})
+    engine = build_engine(config, Mesh())
+    for block in engine.models[0].blocks.values():
+        block.ffn.w_up.weight.data[:3] *= torch.tensor([0.0, 0.01, 0.06])[:, None]
+    recorded = ForwardStatistics(engine, queries=1)
+    recorded.begin()
+    engine.forward_backward(RankData(config, Mesh()).rows(1))
+    vectors, n_units = recorded.vectors(), config.model.ffn_dim
+    assert vectors["dead_units/ffn"].tolist() == pytest.approx([1 / n_units] * config.model.n_layers)
+    assert vectors["dormant_units/ffn"].tolist() == pytest.approx([2 / n_units] * config.model.n_layers)
+
+
 @pytest.fixture
 def requested(run_config: RunConfig) -> tuple[Engine, LayerStatistics, Batch]:
     config = run_config("run", statistics={"spectra_every": 3, "noise_every": 2}, train={"batch_tokens": 256})
