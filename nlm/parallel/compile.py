@@ -14,7 +14,7 @@ def compile_model(model: Transformer, backend: str | Callable[..., object] = "in
     What is compiled is `forward` alone, without the hooks by which FSDP2 and ZeRO-3 gather a block around it.
     """
     # What the backward needs is kept as the tensor that is kept anyway, not as a view and beside it a mask of the same,
-    # which processors without AVX-512 write fifteen times as slowly as ReLU's result.
+    # which took longer than the matrix product before it on a processor without AVX-512.
     autograd_config.recompute_views = True
     for module in (*model.blocks.values(), model.cross_entropy):
         module.forward = torch.compile(  # type: ignore[method-assign]
