@@ -5,6 +5,7 @@ be started again.
 """
 
 import argparse
+import faulthandler
 import os
 import sys
 import time
@@ -155,6 +156,7 @@ def _train(options: argparse.Namespace) -> None:
     from nlm.stop import REQUEUE, Stopped
     from nlm.train import train
 
+    faulthandler.enable(file=2)  # of a crash in native code one learns at least from where it was called
     config = load_config(options.config, options.overrides)
     try:
         train(config)

@@ -1,5 +1,6 @@
 """Training: the loop."""
 
+import gc
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from nlm.metrics import Log
 from nlm.optim import learning_rate
 from nlm.parallel.engine import Engine
 from nlm.parallel.launch import process_group
-from nlm.runtime import denormals_flushed, keep_freed_memory, peak_memory_gib, pick_device, uncollected
+from nlm.runtime import collected_by_hand, denormals_flushed, keep_freed_memory, peak_memory_gib, pick_device
 from nlm.sinks import refuse_missing_libraries
 from nlm.statistics.diagnose import first_bad_layer
 from nlm.statistics.health import resumed_monitor
@@ -89,7 +90,7 @@ def _train(config: Config, mesh: Mesh, stop: StopRequest, step_ended: Callable[[
             latest = checkpoints(folder)[-1:]
             start = resume(latest[0], engine, data.corpus, guard) if latest else 0
             faults.start_after(start)
-            with Log(folder, config, start) if mesh.speaks else nullcontext() as log, uncollected():
+            with Log(folder, config, start) if mesh.speaks else nullcontext() as log, collected_by_hand():
                 ended = _steps(run, start, checkpointer, log)
             if not isinstance(ended, Rollback):
                 return ended
@@ -122,6 +123,7 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
         lr = learning_rate(config.optim, step, steps)
         engine.update(lr, left_out)
 
+        gc.collect()
         clock.count()
         run.step_ended()
         reason = run.stop.agreed()

@@ -39,7 +39,7 @@ from nlm.batch import Batch
 from nlm.build import build_engine, build_model, parse_config
 from nlm.config import Config
 from nlm.mesh import Mesh
-from nlm.runtime import keep_freed_memory, peak_memory_gib, pick_device, uncollected
+from nlm.runtime import collected_by_hand, keep_freed_memory, peak_memory_gib, pick_device
 from nlm.statistics.health import Monitor
 from nlm.statistics.record import LayerStatistics
 from nlm.statistics.store import LayerWriter
@@ -133,7 +133,7 @@ def deep(
     contexts = ExitStack()
     scratch = Path(contexts.enter_context(tempfile.TemporaryDirectory()))
     writer = contexts.enter_context(LayerWriter(scratch, n_layers, 0))
-    contexts.enter_context(uncollected())
+    contexts.enter_context(collected_by_hand())
 
     def step(i: int) -> None:
         if record:

@@ -11,6 +11,7 @@ Tensors and vectors over layers are compared by the norm of their difference, in
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import shutil
@@ -280,6 +281,7 @@ def train_rank(connection: Connection) -> None:
     from nlm.train import train
 
     torch.set_num_threads(1)
+    faulthandler.enable(file=2)
     while task := connection.recv():
         table, environment = task
         os.environ |= environment

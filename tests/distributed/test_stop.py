@@ -150,7 +150,6 @@ def test_the_time_is_up(run_config: RunConfig) -> None:
     with pytest.raises(Stopped, match=r"0\.01 minutes are up: stopped early"):
         train(config)
     at = stopped_at(Path(config.log.dir))
-    assert at > 1
     before = signal.getsignal(signal.SIGTERM)
     assert before == signal.SIG_DFL, "the signals are still taken"
     unlimited = config.train.model_copy(update={"max_minutes": None})

@@ -1,5 +1,6 @@
 """The loop: what a run computes, leaves behind, and does again after it was killed."""
 
+import gc
 import json
 import os
 import signal
@@ -49,19 +50,27 @@ def assert_same_state(run: Path, other: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-def kill_when(config: Config, reached: Callable[[], bool]) -> None:
-    """`nlm train` in a process of its own, killed at once when `reached`."""
+def kill_when(config: Config, reached: Callable[[], bool], number: signal.Signals = signal.SIGKILL) -> str:
+    """`nlm train` in a process of its own, killed at once when `reached` -> what it said to stderr."""
     path = Path(config.log.dir).with_suffix(".toml")
     path.write_text(config.to_toml())
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "nlm", "train", path], env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nlm", "train", path],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + DEADLINE_S
     while not reached():
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.send_signal(number)
+    said = process.communicate()[1]
+    assert process.returncode == -number
+    return said
 
 
 @pytest.mark.parametrize("scheme", ["pre_ln", "ngpt"])
@@ -85,6 +94,30 @@ def test_a_killed_run_ends_bit_identical(scheme: str, run_config: RunConfig) -> 
     ours, theirs = read_layers(killed), read_layers(straight)
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_crash_in_native_code_says_where(run_config: RunConfig) -> None:
+    config = run_config("crashed", train={"steps": 10**6})
+    said = kill_when(config, lambda: len(losses_so_far(Path(config.log.dir))) > 2, signal.SIGSEGV)
+    assert "Segmentation fault" in said and "nlm/train.py" in said
+
+
+def test_garbage_is_collected_after_every_step(run_config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """Never in the middle of one, and by no other thread, which only some ranks might do."""
+    places: list[str] = []
+
+    def note(phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            places.append(sys._getframe(1).f_code.co_name)
+
+    gc.callbacks.append(note)
+    try:
+        train(run_config("collected", train={"steps": 50}))
+    finally:
+        gc.callbacks.remove(note)
+    steps = places.index("_steps")
+    assert places[steps : steps + 50] == ["_steps"] * 50
+    assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def losses_so_far(run: Path) -> list[str]:
