@@ -39,6 +39,7 @@ from nlm.batch import Batch
 from nlm.build import build_engine, build_model, parse_config
 from nlm.config import Config
 from nlm.mesh import Mesh
+from nlm.parallel.gloo import one_thread_each
 from nlm.runtime import collected_by_hand, keep_freed_memory, peak_memory_gib, pick_device
 from nlm.statistics.health import Monitor
 from nlm.statistics.record import LayerStatistics
@@ -124,6 +125,7 @@ def deep(
     keep_freed_memory()
     settings = config(WIDTH | {"n_layers": n_layers} | (model or {}), seq_len, rows=16, **parallel)
     if settings.parallel.ranks > 1:
+        one_thread_each()
         dist.init_process_group()
     mesh = Mesh(settings.parallel, pick_device())
     engine = build_engine(settings, mesh)
@@ -154,6 +156,7 @@ def deep(
 def plain_ddp(n_layers: int) -> Step:
     """The same model in nothing but torch: DDP, clipping and AdamW as its manual has them."""
     keep_freed_memory()
+    one_thread_each()
     dist.init_process_group()
     model = DistributedDataParallel(build_model(config(WIDTH | {"n_layers": n_layers}, 64), device=pick_device()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -31,6 +31,7 @@ from nlm.build import build_engine, parse_config
 from nlm.config import Config
 from nlm.data.rank import batch_of
 from nlm.mesh import Mesh
+from nlm.parallel.gloo import one_thread_each
 from nlm.plan.flops import flops_per_token
 from nlm.plan.memory import costs_of, rank_memory
 from nlm.runtime import pick_device
@@ -135,6 +136,7 @@ def _rank(rank: int, config: Config, port: int, result: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     address = f"tcp://127.0.0.1:{port}"
+    one_thread_each()
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=config.parallel.ranks)
     peak = peak_bytes(config, Mesh(config.parallel))
     if rank == 0:

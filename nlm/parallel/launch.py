@@ -26,6 +26,7 @@ from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed h
 from torch.distributed.rendezvous import rendezvous
 
 from nlm.config import Config, ParallelConfig, dotted
+from nlm.parallel.gloo import one_thread_each
 from nlm.parallel.watch import LIMITS, Limits, Me, RankLost, Watch, host_of, until
 
 T = TypeVar("T")
@@ -67,6 +68,7 @@ def process_group(config: Config, device: torch.device, limits: Limits = LIMITS)
         timeout = timedelta(seconds=hang_s + limits.collective_s)
         # FSDP2 of torch 2.13 itself calls what torch 2.13 has renamed.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        one_thread_each()
         dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.world_size, timeout=timeout)
         yield watch.step
         store.add("done", 1)

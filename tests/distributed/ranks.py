@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from launched import PROCESSES, free_port
 
+from nlm.parallel.gloo import one_thread_each
+
 DEADLINE_S = 240
 
 
@@ -57,6 +59,7 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank)}
+    one_thread_each()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=n)
     try:
         function(rank, *arguments)

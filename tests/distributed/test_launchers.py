@@ -96,3 +96,33 @@ def poisoned(config, mesh):
 nlm.train.build_engine = poisoned
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def test_gloo_has_one_thread_a_group(one: Config, tmp_path: Path) -> None:
+    """Of two, as torch has them, both write the same name at times, and free it."""
+    path, script = tmp_path / "config.toml", tmp_path / "counted.py"
+    path.write_text(one.to_toml())
+    script.write_text(COUNTED)
+    done = torchrun(2, script, "train", path, f"log.dir={tmp_path / 'run'}", "parallel.tp=2")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("one thread a group") == 2, done.stdout
+
+
+COUNTED = """
+import sys
+from pathlib import Path
+import nlm.train
+from nlm.cli import main
+from torch.distributed import distributed_c10d
+from nlm.stop import StopRequest
+
+class Counted(StopRequest):
+    def __exit__(self, *error):
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        threads, groups = names.count("pt_gloo_runloop"), len(distributed_c10d._world.pg_map)
+        print("one thread a group" if threads == groups > 1 else f"{threads} of {groups} groups", flush=True)
+        super().__exit__(*error)
+
+nlm.train.StopRequest = Counted
+sys.exit(main(sys.argv[1:]))
+"""
