@@ -11,7 +11,7 @@ from nlm import SCHEMES
 
 PACKAGE = Path(nlm.__file__).parent
 LEVELS = [
-    ["nlm.anatomy", "nlm.config", "nlm.parallel.hang"],
+    ["nlm.anatomy", "nlm.config", "nlm.parallel.gloo", "nlm.parallel.hang"],
     ["nlm.parallel.watch"],
     [
         "nlm.batch",

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def kill_when(config: Config, reached: Callable[[], bool], number: signal.Signal
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
     )
     deadline = time.monotonic() + DEADLINE_S
     while not reached():
