@@ -125,7 +125,6 @@ def deep(
     keep_freed_memory()
     settings = config(WIDTH | {"n_layers": n_layers} | (model or {}), seq_len, rows=16, **parallel)
     if settings.parallel.ranks > 1:
-        one_thread_each()
         dist.init_process_group()
     mesh = Mesh(settings.parallel, pick_device())
     engine = build_engine(settings, mesh)
@@ -156,7 +155,6 @@ def deep(
 def plain_ddp(n_layers: int) -> Step:
     """The same model in nothing but torch: DDP, clipping and AdamW as its manual has them."""
     keep_freed_memory()
-    one_thread_each()
     dist.init_process_group()
     model = DistributedDataParallel(build_model(config(WIDTH | {"n_layers": n_layers}, 64), device=pick_device()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -244,6 +242,7 @@ BENCHES: dict[str, tuple[int, dict[str, Contender]]] = {
 def work(connection: Connection, contender: Contender, rank: int, port: int, threads: int) -> None:
     """Answers each number of steps with (CPU s, wall s, peak GiB) a step, until it is sent 0."""
     torch.set_num_threads(threads)
+    one_thread_each()
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": contender.ranks, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in ranks.items()}
     step, count, device = contender.make(**contender.arguments), 0, pick_device()

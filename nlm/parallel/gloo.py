@@ -1,7 +1,7 @@
 """gloo's process groups, with one thread each.
 
-Of torch's two (2.11 to 2.13, `ProcessGroupGloo::runLoop`), each writes down the name of the collective that it has just
-ended, and nothing keeps the other from doing so at the same moment. A name of more than 15 letters, such as that of
+Of torch's two (2.13, `ProcessGroupGloo::runLoop`), each writes down the name of the collective that it has just ended,
+and nothing keeps the other from doing so at the same moment. A name of more than 15 letters, such as that of
 FSDP2's reduce-scatter, is then freed twice, and the process crashes there or, worse, some time later.
 """
 

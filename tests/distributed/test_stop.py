@@ -146,9 +146,10 @@ def test_torchrun_is_told_to_stop(run_config: RunConfig, tmp_path: Path) -> None
 
 
 def test_the_time_is_up(run_config: RunConfig) -> None:
-    config = run_config("run", **SECTIONS | {"train": {"steps": 10**6, "max_minutes": 0.01}})
-    with pytest.raises(Stopped, match=r"0\.01 minutes are up: stopped early"):
+    config, began = run_config("run", **SECTIONS | {"train": {"steps": 10**6, "max_minutes": 0.05}}), time.monotonic()
+    with pytest.raises(Stopped, match=r"0\.05 minutes are up: stopped early"):
         train(config)
+    assert time.monotonic() - began >= 3, "they were not up"
     at = stopped_at(Path(config.log.dir))
     before = signal.getsignal(signal.SIGTERM)
     assert before == signal.SIG_DFL, "the signals are still taken"

@@ -104,7 +104,7 @@ def test_a_crash_in_native_code_says_where(run_config: RunConfig) -> None:
     assert "Segmentation fault" in said and "nlm/train.py" in said
 
 
-def test_garbage_is_collected_after_every_step(run_config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_garbage_is_collected_after_every_step(run_config: RunConfig) -> None:
     """Never in the middle of one, and by no other thread, which only some ranks might do."""
     places: list[str] = []
 
