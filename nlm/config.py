@@ -213,8 +213,10 @@ class ParallelConfig(Section):
     `engine = "deepspeed"` has DeepSpeed do the data parallelism: `zero = 0` over dp_replicate, 1 (optimizer
     state), 2 (and gradients) or 3 (and parameters; with `offload` in CPU memory) over dp_shard.
 
-    `microbatches`: a step's rows go through the model in this many parts. `recompute = "block"` keeps only
-    each block's input for the backward and computes the block again there.
+    `microbatches`: a step's rows go through the model in this many parts. `recompute`: what of
+    the layers is not kept for the backward but computed again there: "none"; of each "block" all but its input; of
+    "sqrt"(L) blocks in a row all but the first's, which takes a block's memory times that; or, "nested", of each half
+    of the stack, and of each half of a half, down to blocks, which computes a layer up to log L times.
     """
 
     engine: Literal["torch", "deepspeed"] = "torch"
@@ -230,7 +232,7 @@ class ParallelConfig(Section):
     zero: Literal[0, 1, 2, 3] | None = None
     offload: bool = False
     microbatches: PositiveInt = 1
-    recompute: Literal["none", "block"] = "none"
+    recompute: Literal["none", "block", "sqrt", "nested"] = "none"
     compile: bool = False
 
     @property

@@ -273,6 +273,10 @@ class CrossEntropy(nn.Module):
         return self.tp.cross_entropy(rows, targets, self.vocab)
 
 
+Run = Callable[[range, Tensor], Tensor]
+"""Through the blocks at these places of a part of the stack: the stream [B S D] before them -> after them."""
+
+
 @dataclass(frozen=True)
 class Part:
     """The consecutive layers of a stack that one module holds, and whether it holds the ends of the stack."""
@@ -351,7 +355,9 @@ class Transformer(nn.Module):
         if self.logits is not None:
             self.logits.inside = True  # type: ignore[assignment]
         self.cross_entropy = CrossEntropy(spans["vocab"], tp)
-        self.call_block: Callable[..., tuple[Tensor, Tensor | None]] = lambda block, *args: block(*args)
+        self.through: Callable[[Run, range, Tensor], Tensor] = lambda run, places, x: run(places, x)
+        """How the stream goes through runs of blocks."""
+        self.recomputing = False
         # An attribute, not an argument: what wraps a model copies its arguments, lists among them.
         self.signals: Signals | None = None
         self.precision = "fp32"
@@ -395,10 +401,17 @@ class Transformer(nn.Module):
         if signals is not None:
             visible = keys_seen(mask, seq_len, signals.queries, x.device)
             signals.begin(x, len(self.blocks), uniform_entropy(visible, len(x)))
-        for place, (layer, block) in enumerate(self.blocks.items()):
-            x, shown = self.call_block(block, x, rotary, mask, keys, visible)
-            if signals is not None and shown is not None:
-                signals.add(place, shown, x, int(layer))
+        blocks = [(int(layer), block) for layer, block in self.blocks.items()]
+
+        def run(places: range, x: Tensor) -> Tensor:
+            for place in places:
+                layer, block = blocks[place]
+                x, shown = block(x, rotary, mask, keys, visible)
+                if signals is not None and shown is not None and not self.recomputing:
+                    signals.add(place, shown, x, layer)
+            return x
+
+        x = self.through(run, range(len(blocks)), x)
         if not self.part.last:
             return x
         logits = self._logits(x)

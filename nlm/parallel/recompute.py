@@ -1,17 +1,91 @@
-"""Trading time for memory: keep a block's input only, and compute the block again in the backward."""
+"""Trading time for memory: the forward keeps the stream in some places only, and the backward computes again from there
+what it needs."""
 
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from math import ceil, log2, sqrt
 
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nlm.model import Transformer
+from nlm.model import Run, Transformer
 
 
 def recompute(model: Transformer, mode: str) -> None:
     """In place, as `mode`, a value of parallel.recompute, has it."""
-    if mode == "block":
-        recompute_blocks(model)
+    match mode:
+        case "block":
+            model.through = partial(_segments, model, length=1)
+        case "sqrt":
+            model.through = partial(_segments, model, length=segment_length(len(model.blocks)))
+        case "nested":
+            model.through = partial(_halves, model)
 
 
-def recompute_blocks(model: Transformer) -> None:
-    model.call_block = partial(checkpoint, use_reentrant=False)
+def segment_length(n_blocks: int) -> int:
+    """Of how many blocks "sqrt" keeps one input: about as many as there are segments then (Chen et al. 2016,
+    arXiv:1604.06174)."""
+    return ceil(sqrt(n_blocks))
+
+
+def inputs_kept(mode: str, n_blocks: int) -> tuple[int, int]:
+    """Of how many blocks a forward keeps the inputs, where it computes blocks again, and at most the backward too."""
+    match mode:
+        case "sqrt":
+            return ceil(n_blocks / segment_length(n_blocks)) if n_blocks else 0, 0
+        case "nested":
+            return min(2, n_blocks), max(0, ceil(log2(max(1, n_blocks))) - 1)
+    return n_blocks, 0
+
+
+def times_again(mode: str, n_blocks: int) -> float:
+    """How often a block is computed again in a backward through so many, on the average."""
+    if mode != "nested":
+        return 0.0 if mode == "none" else 1.0
+    first, second = ceil(n_blocks / 2), n_blocks // 2
+    return (_in_halves(first) + _in_halves(second)) / max(1, n_blocks)
+
+
+@cache
+def _in_halves(n_blocks: int) -> int:
+    """Blocks computed in the backward of a half: up to the middle, for the second half of it; then in both of them."""
+    first, second = ceil(n_blocks / 2), n_blocks // 2
+    return n_blocks if n_blocks < 2 else first + _in_halves(second) + _in_halves(first)
+
+
+def _segments(model: Transformer, run: Run, places: range, x: Tensor, length: int) -> Tensor:
+    for start in range(0, len(places), length):
+        x = _again(model, run, places[start : start + length], x)
+    return x
+
+
+def _halves(model: Transformer, run: Run, places: range, x: Tensor) -> Tensor:
+    """Each half likewise, down to blocks: on the way to one, an input a level is kept."""
+    if len(places) < 2:
+        return run(places, x)
+    middle = ceil(len(places) / 2)
+    for half in (places[:middle], places[middle:]):
+        x = _again(model, partial(_halves, model, run), half, x)
+    return x
+
+
+def _again(model: Transformer, run: Callable[[range, Tensor], Tensor], places: range, x: Tensor) -> Tensor:
+    """The stream after these places; what is in between is not kept. No layer draws random numbers of torch's."""
+    return checkpoint(  # type: ignore[no-any-return]
+        run,
+        places,
+        x,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), _recomputing(model)),
+    )
+
+
+@contextmanager
+def _recomputing(model: Transformer) -> Iterator[None]:
+    before, model.recomputing = model.recomputing, True
+    try:
+        yield
+    finally:
+        model.recomputing = before

@@ -11,6 +11,7 @@ from math import prod
 from nlm.config import Config, ParallelConfig
 from nlm.mesh import AXES, MeshAxis
 from nlm.parallel.pipeline import stages_of
+from nlm.parallel.recompute import times_again
 from nlm.parallel.shard import reshards
 from nlm.plan.gpus import Machine
 from nlm.plan.memory import Costs, Stage, rows, stages_on, stream_bytes
@@ -114,7 +115,11 @@ def _works(config: Config, costs: Costs) -> dict[tuple[str, int], Rise]:
                 Rise(*(sum(n * getattr(passed[place], name) for place, n in places) for name in Rise._fields))
                 for passed in (costs.trace.first.forward, costs.trace.later.backward)
             )
-            found["F", s], found["B", s] = forward, backward
+            found["F", s] = forward
+            once_more = times_again(config.parallel.recompute, len(stage.part.layers)) - 1
+            if once_more > 0:
+                backward = Rise(*(b + once_more * f for f, b in zip(forward, backward, strict=True)))
+            found["B", s] = backward
             if costs.deferred:
                 found["I", s], found["W", s] = backward, (weights := _weight_gradients(config, stage))
                 found["B", s] = Rise(*map(sum, zip(backward, weights, strict=True)))

@@ -11,7 +11,7 @@ from nlm.config import Config, ConfigError, ParallelConfig
 from nlm.plan.estimate import Estimate, estimate
 from nlm.plan.flops import flops_per_token
 from nlm.plan.gpus import Machine
-from nlm.plan.memory import Costs, Parameters, defers, rank_memory, rows
+from nlm.plan.memory import Costs, Parameters, costs_of, defers, rank_memory, rows
 from nlm.plan.trace import Trace, between, trace
 
 FREE_SHARE = 0.1
@@ -59,18 +59,20 @@ class Tracer:
     def costs(self, config: Config, most: int | None = None) -> Costs:
         """With `most`, between what one row a microbatch costs and what so many rows do."""
         n, key = rows(config), _tensor_parallel(config)
-        if most is None or n in (1, most):
-            found = self._trace(config, n)
-        else:
-            found = between(self._trace(config, 1), self._trace(config, most), (n - 1) / (most - 1))
+
+        def traced(again: bool) -> Trace:
+            if most is None or n in (1, most):
+                return self._trace(config, n, again)
+            return between(self._trace(config, 1, again), self._trace(config, most, again), (n - 1) / (most - 1))
+
         if key not in self._parameters:
             self._parameters[key] = Parameters(config, self.own.updates)
-        return Costs(self._parameters[key], found, defers(config))
+        return costs_of(config, self._parameters[key], traced)
 
-    def _trace(self, config: Config, n: int) -> Trace:
-        key = (n, *_tensor_parallel(config), config.parallel.recompute, defers(config))
+    def _trace(self, config: Config, n: int, again: bool) -> Trace:
+        key = (n, *_tensor_parallel(config), again, defers(config))
         if key not in self._traces:
-            self._traces[key] = trace(config, n, defers(config))
+            self._traces[key] = trace(config, n, again, defers(config))
         return self._traces[key]
 
 

@@ -1,7 +1,7 @@
 """The memory of a rank through a step: the moment that takes most, and what takes it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Self
@@ -14,6 +14,7 @@ from nlm.layout import V_SCHEDULES
 from nlm.model import Part
 from nlm.parallel.pieces import BUCKET_ELEMENTS
 from nlm.parallel.pipeline import split, stages_of
+from nlm.parallel.recompute import inputs_kept, segment_length
 from nlm.parallel.shard import blocks_per_unit, reshards
 from nlm.plan.layers import Layers
 from nlm.plan.schedule import Action, orders
@@ -74,15 +75,26 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Costs:
-    """What layouts share that have the same tensor parallelism, rows a microbatch and recomputation."""
+    """What layouts share that have the same tensor parallelism, rows a microbatch and recomputation.
+
+    Where blocks are computed again, `trace` is of them one by one, and `kept` of a segment of them, whose activations
+    are there together.
+    """
 
     parameters: Parameters
     trace: Trace
+    kept: Trace | None
     deferred: bool
 
 
-def costs_of(config: Config) -> Costs:
-    return Costs(Parameters(config), trace(config, rows(config), defers(config)), defers(config))
+def costs_of(
+    config: Config, parameters: Parameters | None = None, traced: Callable[[bool], Trace] | None = None
+) -> Costs:
+    """`traced` has been traced before, where it is given: with blocks computed again, or without."""
+    mode, deferred = config.parallel.recompute, defers(config)
+    traced = traced or (lambda again: trace(config, rows(config), again, deferred))
+    kept = traced(False) if mode == "sqrt" else None
+    return Costs(parameters or Parameters(config), traced(mode != "none"), kept, deferred)
 
 
 def rows(config: Config) -> int:
@@ -118,6 +130,11 @@ class Stage:
         size = blocks_per_unit(parallel, len(part.layers)) if self.sharded else max(1, len(part.layers))
         units = [part.layers[i : i + size] for i in range(0, len(part.layers), size)]
         self.root, self.units = self._holds(ends), [self._holds(layers) for layers in units]
+        self.segments = [self._segments(layers) for layers in units]
+        self.stream = stream_bytes(config)
+        n_kept, self.inputs_again = inputs_kept(parallel.recompute, len(part.layers))
+        self.share = n_kept / max(1, len(part.layers))
+        """Of the layers' inputs, what the forward keeps."""
         self.all = sum(self.units, self.root)
         self.whole, self.shards = self.bytes(self.all), self.bytes(self.all, self.ranks)
 
@@ -125,6 +142,11 @@ class Stage:
         """How often each traced place is among `places`."""
         like = self.costs.trace.layers.like
         return Counter(like(place) if isinstance(place, int) else place for place in places)
+
+    def _segments(self, layers: range) -> list["Counter[Place]"]:
+        """Of a unit, what is computed again before anything of it goes."""
+        length = segment_length(len(self.part.layers)) if self.costs.kept else len(layers)
+        return [self._holds(layers[i : i + length]) for i in range(0, len(layers), length)]
 
     def tensors(self, place: Place) -> tuple[Tensors, ...]:
         parameters = self.costs.parameters
@@ -155,7 +177,8 @@ class Stage:
         for unit in self.units:
             size = self.gathered(unit)
             found += gather(size)
-            found += joined(rise(passed[place], "activations") * n for place, n in unit.items())
+            goes = Step(activations=-self.stream * (1 - self.share))
+            found += joined((rise(passed[place], "activations") + goes) * n for place, n in unit.items())
             found += Step(gathered=-size) if self.reshards else Segment()
         if self.part.last:
             found += rise(passed["head"], "logits")
@@ -165,14 +188,16 @@ class Stage:
 
     def backward(self, first: bool, last: bool) -> Segment:
         """Of a microbatch. The `first` makes the gradients; the `last` has them reduced."""
-        passed = self.costs.trace.first.backward if first else self.costs.trace.later.backward
+        traces = (self.costs.trace, self.costs.kept or self.costs.trace)
+        ends, layers = (of.first.backward if first else of.later.backward for of in traces)
         root, pending, ahead = self.gathered(self.root), 0, 0
         found = Step(buffers=root) + Step(gathered=root) + Step(buffers=-root) if self.reshards else Segment()
 
         def made(place: Place) -> Segment:
             size = self.bytes(Counter([place]))
             new = size if first and not self.costs.deferred else 0
-            segment = rise(passed[place], "activations" if isinstance(place, int) else "logits", new)
+            is_layer = isinstance(place, int)
+            segment = rise(layers[place] if is_layer else ends[place], "activations" if is_layer else "logits", new)
             return segment + Step(gradients=-size) if self.buckets and last else segment
 
         def end(unit: "Counter[Place]") -> Segment:
@@ -185,15 +210,28 @@ class Stage:
 
         if self.part.last:
             found += made("head")
+        found += Step(activations=self.inputs_again * self.stream)
         for i in reversed(range(len(self.units))):
             if self.reshards:  # while this unit computes, the next comes into a flat buffer
                 here, ahead = ahead, self.gathered(self.units[i - 1]) if i else 0
                 size = self.gathered(self.units[i])
                 found += Step(gathered=size) + Step(buffers=-here) + Step(buffers=ahead)
-            found += joined(made(place) * n for place, n in reversed(self.units[i].items())) + end(self.units[i])
+            for segment in reversed(self.segments[i]):
+                found += self.again(segment) + joined(made(place) * n for place, n in reversed(segment.items()))
+                ends_too = -self.share if self.costs.kept else 1 - self.share  # of its input, if the trace has kept it
+                found += Step(activations=ends_too * self.stream * segment.total())
+            found += end(self.units[i])
+        found += Step(activations=-self.inputs_again * self.stream)
         if self.part.first:
             found += made("embed")
         return found + end(self.root) + Step(buffers=-pending)
+
+    def again(self, segment: "Counter[Place]") -> Segment:
+        """What of a segment is computed again before its backward."""
+        if (kept := self.costs.kept) is None:
+            return Segment()
+        found = joined(rise(kept.first.forward[place], "activations") * n for place, n in segment.items())
+        return found + Step(activations=-sum(n * kept.passing.get(place, 0) for place, n in segment.items()))
 
     def weight_gradients(self, first: bool, last: bool) -> Segment:
         """Of a microbatch whose backward has put them off: made while all that it has kept for them is there."""

@@ -6,7 +6,7 @@ training, and what they allocate and free is written down where the stream goes 
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nlm.build import design
 from nlm.config import Config
 from nlm.data.rank import batch_of
-from nlm.model import Part, Transformer
+from nlm.model import Part, Run, Transformer
 from nlm.parallel.deferred import DeferredGradients
 from nlm.parallel.recompute import recompute
 from nlm.plan.fake import ImaginedEngine, ImaginedTensorParallel, faked
@@ -74,14 +74,14 @@ class Trace:
     passing: dict[Place, float]
 
 
-def trace(config: Config, rows: int, deferred: bool = False) -> Trace:
-    """Of `rows` a microbatch on a tensor parallel rank of the config's. `deferred`: the backward leaves out the weight
-    gradients, as in the schedules that put them off."""
+def trace(config: Config, rows: int, again: bool, deferred: bool = False) -> Trace:
+    """Of `rows` a microbatch on a tensor parallel rank of the config's. `again`: each block is computed again in the
+    backward. `deferred`: that leaves out the weight gradients, as in the schedules that put them off."""
     layers = Layers(config)
     model = part_of(config, layers.traced)
     with FakeTensorMode(), Ledger(model.tp.size) as ledger:
         faked(model)
-        recompute(model, config.parallel.recompute)
+        recompute(model, "block" if again else "none")
         take = DeferredGradients(model).take if deferred else lambda: lambda: None
         levels = _levels(ledger, model)
         batch = batch_of(config, tuple(torch.zeros(2, 2 * rows, config.train.seq_len + 1, dtype=torch.int64)), 0)
@@ -175,21 +175,20 @@ class _Levels:
 
 def _levels(ledger: Ledger, model: Transformer) -> _Levels:
     """Marks where the stream comes to a block and leaves the last, and where its gradient does."""
-    levels, call_block = _Levels(ledger), model.call_block
-    *_, last = model.blocks.values()
+    levels, through = _Levels(ledger), model.through
 
     def watch(x: Tensor) -> None:
         levels.mark()
         x.register_hook(lambda gradient: levels.mark())
 
-    def watched(block: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    def watched(run: Run, places: range, x: Tensor) -> Tensor:
+        for place in places:
+            watch(x)
+            x = through(run, range(place, place + 1), x)
         watch(x)
-        y, norms = call_block(block, x, *rest)
-        if block is last:
-            watch(y)
-        return y, norms
+        return x
 
-    model.call_block = watched
+    model.through = watched
     return levels
 
 

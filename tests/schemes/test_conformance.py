@@ -19,7 +19,7 @@ from nlm.mesh import Mesh
 from nlm.model import Transformer, weights
 from nlm.optim import projection
 from nlm.parallel.compile import compile_model
-from nlm.parallel.recompute import recompute_blocks
+from nlm.parallel.recompute import recompute
 from nlm.signals import Signals
 
 MakeConfig = Callable[..., Config]
@@ -152,7 +152,7 @@ def test_one_graph_serves_all_blocks(config: Config) -> None:
 def test_recompute_changes_nothing(config: Config) -> None:
     model, x = shake(build_model(config)), tokens(config)
     plain = torch.autograd.grad(loss(model, x), list(model.parameters()))
-    recompute_blocks(model)
+    recompute(model, "block")
     again = torch.autograd.grad(loss(model, x), list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from nlm import SCHEMES, build_model
 from nlm.config import Config
 from nlm.model import Transformer
-from nlm.parallel.recompute import recompute_blocks
+from nlm.parallel.recompute import recompute
 from nlm.random import mixed, uniform
 
 MakeConfig = Callable[..., Config]
@@ -87,7 +87,7 @@ def test_recomputation_drops_the_same(make_config: MakeConfig) -> None:
     model, keys = shaken(build(make_config)), mixed(torch.arange(8))
     x, targets = tokens(8), tokens(8).roll(1, 1)
     plain = torch.autograd.grad(model(x, targets, None, keys), list(model.parameters()))
-    recompute_blocks(model)
+    recompute(model, "block")
     again = torch.autograd.grad(model(x, targets, None, keys), list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     whole = torch.autograd.grad(model(x, targets), list(model.parameters()))
