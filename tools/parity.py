@@ -215,6 +215,16 @@ VARIANT_ROWS = {
             {},
             everywhere={"recompute": "block"},
         ),
+        *(
+            variant(
+                mode,
+                ["ddp2", "fsdp2", "tp2+sp", "pp2-1f1b", "pp2-zbv", "fsdp2xtp2xpp2", "zero3"],
+                {},
+                parallel={"blocks_per_unit": 3},
+                everywhere={"recompute": mode},
+            )
+            for mode in ("sqrt", "nested")
+        ),
         variant(
             "compile",
             ["ddp2", "fsdp2", "tp2+sp", "pp2-1f1b", "pp2-zbv", "zero1", "zero3"],

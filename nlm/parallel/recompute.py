@@ -43,8 +43,9 @@ def times_again(mode: str, n_blocks: int) -> float:
     """How often a block is computed again in a backward through so many, on the average."""
     if mode != "nested":
         return 0.0 if mode == "none" else 1.0
-    first, second = ceil(n_blocks / 2), n_blocks // 2
-    return (_in_halves(first) + _in_halves(second)) / max(1, n_blocks)
+    if n_blocks < 2:
+        return 0.0
+    return (_in_halves(ceil(n_blocks / 2)) + _in_halves(n_blocks // 2)) / n_blocks
 
 
 @cache

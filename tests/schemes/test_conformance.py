@@ -152,9 +152,10 @@ def test_one_graph_serves_all_blocks(config: Config) -> None:
 def test_recompute_changes_nothing(config: Config) -> None:
     model, x = shake(build_model(config)), tokens(config)
     plain = torch.autograd.grad(loss(model, x), list(model.parameters()))
-    recompute(model, "block")
-    again = torch.autograd.grad(loss(model, x), list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    for mode in ("block", "sqrt", "nested"):
+        recompute(model, mode)
+        again = torch.autograd.grad(loss(model, x), list(model.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)), mode
 
 
 def test_recording_changes_nothing(config: Config) -> None:

@@ -200,6 +200,8 @@ def test_validation_is_over_the_whole_of_its_batches(run_config: RunConfig, shar
         {"microbatches": 2},
         {"microbatches": 4},
         {"recompute": "block"},
+        {"recompute": "sqrt"},
+        {"recompute": "nested", "microbatches": 2},
         {"compile": True},
         {"compile": True, "recompute": "block"},
     ],
