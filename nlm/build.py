@@ -25,7 +25,8 @@ from nlm.config import (
     read_table,
 )
 from nlm.init import init
-from nlm.layout import layout_problems
+from nlm.kernels.rows import default_rows
+from nlm.layout import layout_problems, whole_logits
 from nlm.mesh import Mesh
 from nlm.model import Part, Transformer
 from nlm.norms import NORMS
@@ -146,10 +147,21 @@ def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str,
     shard(model, config.parallel, mesh)
     init(model.to_empty(device=mesh.device), config.train.seed, values)
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
+    model.loss_rows = loss_rows(config)
     recompute(model, config.parallel.recompute)
     if config.parallel.compile:
         compile_model(model)
     return model
+
+
+def loss_rows(config: Config, rows: int | None = None) -> int:
+    """Of how many positions of a microbatch of `rows` there are logits at a time, the config's by default."""
+    parallel, model = config.parallel, config.model
+    rows = rows or config.batch_rows // parallel.data_ranks // parallel.microbatches
+    tokens = rows * config.train.seq_len
+    if whole_logits(parallel):
+        return tokens
+    return parallel.loss_rows or default_rows(tokens, model.dim, model.vocab_size // parallel.tp)
 
 
 def _bad_choices(model: Mapping[str, Any]) -> Iterable[str]:

@@ -216,7 +216,9 @@ class ParallelConfig(Section):
     `microbatches`: a step's rows go through the model in this many parts. `recompute`: what of
     the layers is not kept for the backward but computed again there: "none"; of each "block" all but its input; of
     "sqrt"(L) blocks in a row all but the first's, which takes a block's memory times that; or, "nested", of each half
-    of the stack, and of each half of a half, down to blocks, which computes a layer up to log L times.
+    of the stack, and of each half of a half, down to blocks, which computes a layer up to log L times. `loss_rows`: of
+    how many positions of a microbatch there are logits at a time (by default as many as take the memory of its stream;
+    always of all under zero = 3, "zbv" and "dualpipev").
     """
 
     engine: Literal["torch", "deepspeed"] = "torch"
@@ -233,6 +235,7 @@ class ParallelConfig(Section):
     offload: bool = False
     microbatches: PositiveInt = 1
     recompute: Literal["none", "block", "sqrt", "nested"] = "none"
+    loss_rows: PositiveInt | None = None
     compile: bool = False
 
     @property

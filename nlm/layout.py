@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from nlm.config import Config
+from nlm.config import Config, ParallelConfig
 
 V_SCHEDULES = {"zbv", "dualpipev"}
 """Schedules that place weight gradients on their own; each rank holds two stages, which form a V."""
@@ -15,6 +15,14 @@ def layout_problems(config: Config) -> Iterator[str]:
     yield from _data(config)
     if config.parallel.engine == "deepspeed":
         yield from _deepspeed(config)
+    if config.parallel.loss_rows and whole_logits(config.parallel):
+        yield "parallel.loss_rows: under zero = 3, 'zbv' and 'dualpipev' there are logits of all positions; remove it"
+
+
+def whole_logits(parallel: ParallelConfig) -> bool:
+    """Whether there are logits of all positions at a time: where their loss is taken of some at a time, the head's
+    gradient exists before the backward, too soon to be put off, or for ZeRO-3 to divide it."""
+    return parallel.zero == 3 or parallel.schedule in V_SCHEDULES
 
 
 def _tensor(config: Config) -> Iterator[str]:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from nlm.activations import ACTIVATIONS, soft_cap
 from nlm.anatomy import MATRICES, SLOTS, WRITES, Axis, Kind, Role, Site, Span, Weight
 from nlm.config import ModelConfig
+from nlm.kernels.rows import sum_over_rows
 from nlm.norms import NormSite, precise
 from nlm.parallel.tensor import Ranks, TensorParallel
 from nlm.positions import Rotary, rotate, sinusoidal
@@ -358,6 +359,8 @@ class Transformer(nn.Module):
         self.through: Callable[[Run, range, Tensor], Tensor] = lambda run, places, x: run(places, x)
         """How the stream goes through runs of blocks."""
         self.recomputing = False
+        self.loss_rows: int | None = None
+        """Of how many positions there are logits at a time, for their loss; None: of all."""
         # An attribute, not an argument: what wraps a model copies its arguments, lists among them.
         self.signals: Signals | None = None
         self.precision = "fp32"
@@ -414,8 +417,13 @@ class Transformer(nn.Module):
         x = self.through(run, range(len(blocks)), x)
         if not self.part.last:
             return x
-        logits = self._logits(x)
-        return logits if targets is None else self.cross_entropy(logits, targets)
+        assert self.final is not None
+        x = self.tp.enter(self.final(x))
+        if targets is None:
+            return self._logits(x)
+        reads = [module for module in (self.head or self.embed, self.logits) if module is not None]
+        parameters = [parameter for module in reads for parameter in module.parameters()]
+        return sum_over_rows(self._loss, x, targets, parameters, self.loss_rows or targets.numel())
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """[B S] -> [B S D]."""
@@ -426,10 +434,13 @@ class Transformer(nn.Module):
             x = x + self.position(torch.arange(here.start, here.stop, device=tokens.device)).to(x.dtype)
         return self.stem(x)  # type: ignore[no-any-return]
 
+    def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """What the head reads [B S D], targets [B S] -> []."""
+        return self.cross_entropy(self._logits(x), targets)  # type: ignore[no-any-return]
+
     def _logits(self, x: Tensor) -> Tensor:
-        """[B S D] -> [B S V/n]."""
-        assert self.final is not None and self.logits is not None
-        x = self.tp.enter(self.final(x))
+        """What the head reads [B S D] -> [B S V/n]."""
+        assert self.logits is not None
         if self.head is None:
             assert self.embed is not None
             logits = self.logits(F.linear(x, self.embed.table()))

@@ -217,6 +217,15 @@ VARIANT_ROWS = {
         ),
         *(
             variant(
+                f"loss of 24 rows{', tied' * tied}",
+                ["ddp2", "fsdp2", "tp2+sp", "pp2-1f1b", "fsdp2xtp2xpp2", "zero1"],
+                {"tied": tied},
+                parallel={"loss_rows": 24},
+            )
+            for tied in (False, True)
+        ),
+        *(
+            variant(
                 mode,
                 ["ddp2", "fsdp2", "tp2+sp", "pp2-1f1b", "pp2-zbv", "fsdp2xtp2xpp2", "zero3"],
                 {},

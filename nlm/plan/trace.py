@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nlm.build import design
+from nlm.build import design, loss_rows
 from nlm.config import Config
 from nlm.data.rank import batch_of
 from nlm.model import Part, Run, Transformer
@@ -80,7 +80,7 @@ def trace(config: Config, rows: int, again: bool, deferred: bool = False) -> Tra
     layers = Layers(config)
     model = part_of(config, layers.traced)
     with FakeTensorMode(), Ledger(model.tp.size) as ledger:
-        faked(model)
+        faked(model).loss_rows = loss_rows(config, rows)
         recompute(model, "block" if again else "none")
         take = DeferredGradients(model).take if deferred else lambda: lambda: None
         levels = _levels(ledger, model)
