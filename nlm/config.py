@@ -213,12 +213,14 @@ class ParallelConfig(Section):
     `engine = "deepspeed"` has DeepSpeed do the data parallelism: `zero = 0` over dp_replicate, 1 (optimizer
     state), 2 (and gradients) or 3 (and parameters; with `offload` in CPU memory) over dp_shard.
 
-    `microbatches`: a step's rows go through the model in this many parts. `recompute`: what of
-    the layers is not kept for the backward but computed again there: "none"; of each "block" all but its input; of
-    "sqrt"(L) blocks in a row all but the first's, which takes a block's memory times that; or, "nested", of each half
-    of the stack, and of each half of a half, down to blocks, which computes a layer up to log L times. `loss_rows`: of
-    how many positions of a microbatch there are logits at a time (by default as many as take the memory of its stream;
-    always of all under zero = 3, "zbv" and "dualpipev").
+    `microbatches`: a step's rows go through the model in this many parts.
+
+    `recompute`: what of the layers is not kept for the backward but computed again there. "none"; all but matrix
+    products, attention and collectives, "selective"; of each "block" all but its input; this, too, for which the
+    backward goes to the host's memory ("offload"); of "sqrt"(L) blocks in a row all but the first's input, which takes
+    a block's memory times that; or, "nested", of each half of the stack, and of each half of a half, down to blocks,
+    which computes a layer up to log L times. `loss_rows`: of how many positions of a microbatch there are logits at a
+    time (by default as many as take the memory of its stream; always of all under zero = 3, "zbv" and "dualpipev").
     """
 
     engine: Literal["torch", "deepspeed"] = "torch"
@@ -234,7 +236,7 @@ class ParallelConfig(Section):
     zero: Literal[0, 1, 2, 3] | None = None
     offload: bool = False
     microbatches: PositiveInt = 1
-    recompute: Literal["none", "block", "sqrt", "nested"] = "none"
+    recompute: Literal["none", "selective", "block", "offload", "sqrt", "nested"] = "none"
     loss_rows: PositiveInt | None = None
     compile: bool = False
 

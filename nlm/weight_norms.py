@@ -122,7 +122,7 @@ class Spectral(Singular):
 
     def forward(self, weight: Tensor) -> Tensor:
         weight = precise(weight)
-        sigma = self.u @ weight @ self.v
+        sigma = self.u @ (weight @ self.v)
         whole = self.outputs.is_whole and self.inputs.is_whole
         return weight * (self.gain / (sigma if whole else self.tp.sum(sigma)))
 

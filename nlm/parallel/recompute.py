@@ -6,10 +6,31 @@ from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from math import ceil, log2, sqrt
 
+import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from nlm.model import Run, Transformer
+
+PRODUCTS = [
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+]
+"""What "selective" does not compute again, and beside it no collective."""
+COLLECTIVES = [
+    getattr(torch.ops._c10d_functional, name).default
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "wait_tensor")
+]
 
 
 def recompute(model: Transformer, mode: str) -> None:
@@ -17,6 +38,17 @@ def recompute(model: Transformer, mode: str) -> None:
     match mode:
         case "block":
             model.through = partial(_segments, model, length=1)
+        case "offload":
+            model.through = partial(_offloaded, model)
+        case "selective":
+            for block in model.blocks.values():
+                block.forward = partial(  # type: ignore[method-assign]
+                    checkpoint,
+                    block.forward,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS + COLLECTIVES),
+                )
         case "sqrt":
             model.through = partial(_segments, model, length=segment_length(len(model.blocks)))
         case "nested":
@@ -34,6 +66,8 @@ def inputs_kept(mode: str, n_blocks: int) -> tuple[int, int]:
     match mode:
         case "sqrt":
             return ceil(n_blocks / segment_length(n_blocks)) if n_blocks else 0, 0
+        case "offload":
+            return 0, min(1, n_blocks)
         case "nested":
             return min(2, n_blocks), max(0, ceil(log2(max(1, n_blocks))) - 1)
     return n_blocks, 0
@@ -59,6 +93,12 @@ def _segments(model: Transformer, run: Run, places: range, x: Tensor, length: in
     for start in range(0, len(places), length):
         x = _again(model, run, places[start : start + length], x)
     return x
+
+
+def _offloaded(model: Transformer, run: Run, places: range, x: Tensor) -> Tensor:
+    """As block by block; the blocks' inputs wait for the backward in the host's memory."""
+    with save_on_cpu(pin_memory=x.device.type == "cuda"):
+        return _segments(model, run, places, x, length=1)
 
 
 def _halves(model: Transformer, run: Run, places: range, x: Tensor) -> Tensor:

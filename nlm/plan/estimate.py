@@ -61,6 +61,10 @@ def estimate(config: Config, costs: Costs, machine: Machine, flops_a_token: floa
     communication_s = sending["pp"] + max(0.0, data_s - pipeline_s)
     whole = sum(stage.whole for stage in stages_on(config, costs, 0).values())
     moved = costs.parameters.update("moved", whole) / parallel.dp_shard
+    if parallel.recompute == "offload":  # there and back, while nothing else is done
+        stack = sum(len(stage.part.layers) for stage in stages_on(config, costs, 0).values())
+        away = 2 * parallel.microbatches * stack * stream_bytes(config)
+        communication_s += away / machine.host_bandwidth / machine.efficiency
     update_s = kernels_s(machine, Rise(0, 0, 0, moved, 0, 0), 1)
     step_s = pipeline_s + communication_s + update_s
     mfu = flops_a_token * config.train.batch_tokens / parallel.ranks / step_s / machine.peak_flops

@@ -45,7 +45,7 @@ class Machine:
 
     Assumed unless given: `efficiency`, the share of peaks and bandwidths that kernels and collectives reach; `host_s`,
     what Python and dispatch take for each kernel; nodes of 8 GPUs, each with a network of 400 Gbit/s, as NVIDIA's DGX
-    H100 has.
+    H100 has. Assumed always: `host_bandwidth`, to the host's memory over 16 lanes of PCIe 4.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Machine:
     memory_bandwidth: float | None = None
     link_bandwidth: float | None = None
     network_bandwidth: float = 50e9
+    host_bandwidth: float = 25e9
     gpus_per_node: int = 8
     efficiency: float = 0.7
     host_s: float = 10e-6

@@ -60,19 +60,19 @@ class Tracer:
         """With `most`, between what one row a microbatch costs and what so many rows do."""
         n, key = rows(config), _tensor_parallel(config)
 
-        def traced(again: bool) -> Trace:
+        def traced(mode: str) -> Trace:
             if most is None or n in (1, most):
-                return self._trace(config, n, again)
-            return between(self._trace(config, 1, again), self._trace(config, most, again), (n - 1) / (most - 1))
+                return self._trace(config, n, mode)
+            return between(self._trace(config, 1, mode), self._trace(config, most, mode), (n - 1) / (most - 1))
 
         if key not in self._parameters:
             self._parameters[key] = Parameters(config, self.own.updates)
         return costs_of(config, self._parameters[key], traced)
 
-    def _trace(self, config: Config, n: int, again: bool) -> Trace:
-        key = (n, *_tensor_parallel(config), again, defers(config))
+    def _trace(self, config: Config, n: int, mode: str) -> Trace:
+        key = (n, *_tensor_parallel(config), mode, defers(config))
         if key not in self._traces:
-            self._traces[key] = trace(config, n, again, defers(config))
+            self._traces[key] = trace(config, n, mode, defers(config))
         return self._traces[key]
 
 

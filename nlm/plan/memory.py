@@ -88,13 +88,14 @@ class Costs:
 
 
 def costs_of(
-    config: Config, parameters: Parameters | None = None, traced: Callable[[bool], Trace] | None = None
+    config: Config, parameters: Parameters | None = None, traced: Callable[[str], Trace] | None = None
 ) -> Costs:
-    """`traced` has been traced before, where it is given: with blocks computed again, or without."""
+    """`traced` has been traced before, where it is given, by mode of recomputation."""
     mode, deferred = config.parallel.recompute, defers(config)
-    traced = traced or (lambda again: trace(config, rows(config), again, deferred))
-    kept = traced(False) if mode == "sqrt" else None
-    return Costs(parameters or Parameters(config), traced(mode != "none"), kept, deferred)
+    traced = traced or (lambda mode: trace(config, rows(config), mode, deferred))
+    kept = traced("none") if mode == "sqrt" else None
+    by_itself = mode if mode in ("none", "selective") else "block"
+    return Costs(parameters or Parameters(config), traced(by_itself), kept, deferred)
 
 
 def rows(config: Config) -> int:

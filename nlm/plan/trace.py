@@ -74,14 +74,15 @@ class Trace:
     passing: dict[Place, float]
 
 
-def trace(config: Config, rows: int, again: bool, deferred: bool = False) -> Trace:
-    """Of `rows` a microbatch on a tensor parallel rank of the config's. `again`: each block is computed again in the
-    backward. `deferred`: that leaves out the weight gradients, as in the schedules that put them off."""
+def trace(config: Config, rows: int, mode: str, deferred: bool = False) -> Trace:
+    """Of `rows` a microbatch on a tensor parallel rank of the config's, whose blocks the backward computes again as
+    `mode` has it, "none", "selective" or "block". `deferred`: it leaves out the weight gradients, as in the schedules
+    that put them off."""
     layers = Layers(config)
     model = part_of(config, layers.traced)
     with FakeTensorMode(), Ledger(model.tp.size) as ledger:
         faked(model).loss_rows = loss_rows(config, rows)
-        recompute(model, "block" if again else "none")
+        recompute(model, mode)
         take = DeferredGradients(model).take if deferred else lambda: lambda: None
         levels = _levels(ledger, model)
         batch = batch_of(config, tuple(torch.zeros(2, 2 * rows, config.train.seq_len + 1, dtype=torch.int64)), 0)
