@@ -216,11 +216,14 @@ class ParallelConfig(Section):
     `microbatches`: a step's rows go through the model in this many parts.
 
     `recompute`: what of the layers is not kept for the backward but computed again there. "none"; all but matrix
-    products, attention and collectives, "selective"; of each "block" all but its input; this, too, for which the
-    backward goes to the host's memory ("offload"); of "sqrt"(L) blocks in a row all but the first's input, which takes
-    a block's memory times that; or, "nested", of each half of the stack, and of each half of a half, down to blocks,
-    which computes a layer up to log L times. `loss_rows`: of how many positions of a microbatch there are logits at a
-    time (by default as many as take the memory of its stream; always of all under zero = 3, "zbv" and "dualpipev").
+    products, attention and collectives, "selective"; of each "block" all but its input; of "sqrt"(L) blocks in a row
+    all but the first's input, which takes a block's memory times that; all but the blocks' inputs, which wait in the
+    host's memory, "offload"; or, "nested", of each half of the stack, and of each half of a half, down to blocks, which
+    computes a layer up to log L times. "auto" is the first of these that `nlm plan` expects to need no more than
+    `memory_gib` on a rank, by default nine tenths of a GPU's.
+
+    `loss_rows`: of how many positions of a microbatch there are logits at a time (by default as many as take the memory
+    of its stream; always of all under zero = 3, "zbv" and "dualpipev").
     """
 
     engine: Literal["torch", "deepspeed"] = "torch"
@@ -236,7 +239,8 @@ class ParallelConfig(Section):
     zero: Literal[0, 1, 2, 3] | None = None
     offload: bool = False
     microbatches: PositiveInt = 1
-    recompute: Literal["none", "selective", "block", "offload", "sqrt", "nested"] = "none"
+    recompute: Literal["none", "selective", "block", "sqrt", "offload", "nested", "auto"] = "none"
+    memory_gib: PositiveFloat | None = None
     loss_rows: PositiveInt | None = None
     compile: bool = False
 

@@ -15,8 +15,17 @@ def layout_problems(config: Config) -> Iterator[str]:
     yield from _data(config)
     if config.parallel.engine == "deepspeed":
         yield from _deepspeed(config)
+    yield from _auto(config.parallel)
     if config.parallel.loss_rows and whole_logits(config.parallel):
         yield "parallel.loss_rows: under zero = 3, 'zbv' and 'dualpipev' there are logits of all positions; remove it"
+
+
+def _auto(parallel: ParallelConfig) -> Iterator[str]:
+    is_auto = parallel.recompute == "auto"
+    if parallel.memory_gib and not is_auto:
+        yield f"parallel.memory_gib: is for parallel.recompute = 'auto', got {parallel.recompute!r}; remove it"
+    if is_auto and parallel.engine == "deepspeed":
+        yield "parallel.recompute: of DeepSpeed no memory is planned that 'auto' could go by; set another"
 
 
 def whole_logits(parallel: ParallelConfig) -> bool:

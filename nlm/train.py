@@ -219,7 +219,9 @@ def _greeting(engine: Engine, mesh: Mesh) -> str:
     n_parameters = sum(prod(weight.shape) for weight in engine.pieces.weights.values())
     ranks = [f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1]
     layout = f"{mesh.device.type} x " + " x ".join(ranks) if ranks else f"{mesh.device}"
-    return f"{n_parameters:,} parameters in {engine.config.model.n_layers} layers on {layout}"
+    mode = engine.config.parallel.recompute
+    again = f", recompute = {mode!r}" if mode != "none" else ""
+    return f"{n_parameters:,} parameters in {engine.config.model.n_layers} layers on {layout}{again}"
 
 
 def passes(corpus: Corpus, batches: int) -> dict[str, float]:

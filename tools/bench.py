@@ -40,6 +40,7 @@ from nlm.build import build_engine, build_model, parse_config
 from nlm.config import Config
 from nlm.mesh import Mesh
 from nlm.parallel.gloo import one_thread_each
+from nlm.plan.layouts import RECOMPUTE
 from nlm.runtime import collected_by_hand, keep_freed_memory, peak_memory_gib, pick_device
 from nlm.statistics.health import Monitor
 from nlm.statistics.record import LayerStatistics
@@ -220,6 +221,7 @@ BENCHES: dict[str, tuple[int, dict[str, Contender]]] = {
             "100 layers": Contender(deep, {"n_layers": 100}),
         },
     ),
+    "recompute": (1, {mode: Contender(deep, {"n_layers": 1000, "recompute": mode}) for mode in RECOMPUTE}),
     **{
         name: (
             1,

@@ -17,7 +17,8 @@ from nlm.plan.trace import Trace, between, trace
 FREE_SHARE = 0.1
 """Of a GPU's memory, what is to stay free: for the plan's error, fragments of torch's allocator, NCCL's buffers and the
 work space of libraries."""
-RECOMPUTE: tuple[str, ...] = get_args(ParallelConfig.model_fields["recompute"].annotation)
+RECOMPUTE = tuple(m for m in get_args(ParallelConfig.model_fields["recompute"].annotation) if m != "auto")
+"""Modes of recomputation, from those that take the least time to those that take the least memory."""
 
 
 @dataclass(frozen=True)

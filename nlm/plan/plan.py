@@ -9,11 +9,12 @@ import numpy as np
 from nlm.anatomy import Role
 from nlm.config import Config
 from nlm.model import held
+from nlm.plan.choose import chosen
 from nlm.plan.estimate import Estimate, bubble, estimate, hardware_flops, traffic
 from nlm.plan.flops import flops_per_token
 from nlm.plan.gpus import Machine
 from nlm.plan.layers import Layers
-from nlm.plan.layouts import RECOMPUTE, Layout, Tracer, layouts
+from nlm.plan.layouts import FREE_SHARE, RECOMPUTE, Layout, Tracer, layouts
 from nlm.plan.memory import Parameters, rank_memory
 from nlm.plan.trace import part_of
 
@@ -52,6 +53,11 @@ def plan(config: Config, machine: Machine | None = None, gpus: int | None = None
             "parallel.engine: what DeepSpeed keeps in memory is not planned; plan with engine = 'torch' and the same "
             "dp_shard, which divides as ZeRO 3 does, without zero and offload"
         )
+    if config.parallel.recompute == "auto":
+        gib = config.parallel.memory_gib or ((1 - FREE_SHARE) * machine.memory_gib if machine else None)
+        if gib is None:
+            raise ValueError("parallel.memory_gib: recompute = 'auto' is to fit into it; set it, or give --gpu")
+        config = chosen(config, gib)
     tracer = Tracer(config)
     own, flops = tracer.costs(config), flops_per_token(config)
     memory = {}
