@@ -123,14 +123,7 @@ def _weight_norms(choice: WeightNormChoice | None) -> dict[Role, MakeWeightNorm]
 
 
 def build_engine(config: Config, mesh: Mesh) -> Engine:
-    """What trains the model in the layout of the config, with this rank's parts of it, initialized.
-
-    Errors: ValueError for recompute = "auto" where nothing fits.
-    """
-    if config.parallel.recompute == "auto":
-        from nlm.plan.choose import chosen, memory_gib  # which build models themselves, to see what they need
-
-        config = chosen(config, memory_gib(config, mesh.device), offloads=mesh.device.type == "cuda")
+    """What trains the model in the layout of the config, with this rank's parts of it, initialized."""
     parallel = config.parallel
     whole = design(config, mesh.tp, data=mesh.data)
     values = calibration(config, config.train.seed)

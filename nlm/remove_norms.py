@@ -28,6 +28,7 @@ from nlm.mesh import Mesh
 from nlm.metrics import Log
 from nlm.optim import learning_rate
 from nlm.parallel.engine import Engine
+from nlm.plan.choose import settled
 from nlm.runtime import denormals_flushed, keep_freed_memory, peak_memory_gib, pick_device
 from nlm.train import Clock, due
 from nlm.transition import GAPS, ORDER, Event, Removal, plan
@@ -77,7 +78,7 @@ def remove_norms(
 
     keep_freed_memory()
     with denormals_flushed():
-        engine, guard = build_engine(config, mesh), Guard(config.faults, mesh.device)
+        engine, guard = build_engine(settled(config, mesh.device), mesh), Guard(config.faults, mesh.device)
         resume(checkpoint, engine, data.corpus, guard)
         (model,) = engine.models
         if before.model.norm.fields.get("one_plus", False):

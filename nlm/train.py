@@ -24,6 +24,7 @@ from nlm.metrics import Log
 from nlm.optim import learning_rate
 from nlm.parallel.engine import Engine
 from nlm.parallel.launch import process_group
+from nlm.plan.choose import settled
 from nlm.runtime import collected_by_hand, denormals_flushed, keep_freed_memory, peak_memory_gib, pick_device
 from nlm.sinks import refuse_missing_libraries
 from nlm.statistics.diagnose import first_bad_layer
@@ -81,7 +82,7 @@ def _train(config: Config, mesh: Mesh, stop: StopRequest, step_ended: Callable[[
 
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
-    engine, guard = build_engine(config, mesh), Guard(config.faults, mesh.device)
+    engine, guard = build_engine(settled(config, mesh.device), mesh), Guard(config.faults, mesh.device)
     statistics = LayerStatistics(engine, config.statistics) if config.statistics.enabled else None
     faults = Faults(folder, writes=mesh.speaks)
     run = Run(folder, config, mesh, data, engine, guard, faults, statistics, stop, step_ended)

@@ -34,7 +34,8 @@ COLLECTIVES = [
 
 
 def recompute(model: Transformer, mode: str) -> None:
-    """In place, as `mode`, a value of parallel.recompute, has it."""
+    """In place, as `mode`, a value of parallel.recompute but "auto", has it."""
+    assert mode != "auto", "nlm.plan.choose settles on one before a model is prepared"
     match mode:
         case "block":
             model.through = partial(_segments, model, length=1)

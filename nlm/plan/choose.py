@@ -8,13 +8,19 @@ from nlm.plan.layouts import FREE_SHARE, RECOMPUTE, Tracer
 from nlm.plan.memory import rank_memory
 
 
-def memory_gib(config: Config, device: torch.device) -> float:
-    """What a rank may need. Errors: ValueError where nothing says it."""
-    if config.parallel.memory_gib is not None:
-        return config.parallel.memory_gib
-    if device.type != "cuda":
+def settled(config: Config, device: torch.device) -> Config:
+    """The config with a mode of recomputation that fits on `device`, where it has "auto".
+
+    Errors: ValueError where nothing says how much memory a rank may need, or no mode fits.
+    """
+    if config.parallel.recompute != "auto":
+        return config
+    gib = config.parallel.memory_gib
+    if device.type == "cuda":
+        gib = gib or (1 - FREE_SHARE) * torch.cuda.get_device_properties(device).total_memory / 2**30
+    if gib is None:
         raise ValueError("parallel.memory_gib: expected what recompute = 'auto' is to fit into, got nothing; set it")
-    return float((1 - FREE_SHARE) * torch.cuda.get_device_properties(device).total_memory / 2**30)
+    return chosen(config, gib, offloads=device.type == "cuda")
 
 
 def chosen(config: Config, gib: float, offloads: bool = True) -> Config:

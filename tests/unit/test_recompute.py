@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nlm.build import build_engine, build_model
+from nlm.build import build_model
 from nlm.config import Config, ConfigError
-from nlm.mesh import Mesh
 from nlm.parallel.recompute import recompute, times_again
+from nlm.plan.choose import settled
 from nlm.plan.plan import plan
 from nlm.plan.report import text
 
@@ -26,6 +26,9 @@ def test_blocks_are_computed_as_often_as_is_said(mode: str, n_layers: int, make_
     assert len(calls) - n_layers == times_again(mode, n_layers) * n_layers
 
 
+CPU = torch.device("cpu")
+
+
 def test_auto_is_the_first_that_fits(make_config: Callable[..., Config]) -> None:
     def deep(**parallel: object) -> Config:
         return make_config({"n_layers": 400}, train={"batch_tokens": 1200, "seq_len": 12}, parallel=parallel)
@@ -36,13 +39,12 @@ def test_auto_is_the_first_that_fits(make_config: Callable[..., Config]) -> None
     needs = {mode: memory.sum() / 2**30 for mode, memory in plan(deep()).memory.items()}
     assert list(needs) == ["none", "selective", "block", "sqrt", "offload", "nested"]
     for mode in ("none", "selective", "block", "sqrt", "nested"):
-        engine = build_engine(auto(needs[mode] * 1.001), Mesh())
-        assert engine.config.parallel.recompute == mode
+        assert settled(auto(needs[mode] * 1.001), CPU).parallel.recompute == mode
     assert plan(auto(needs["nested"] * 1.001)).config.parallel.recompute == "offload", "of a GPU"
     with pytest.raises(ValueError, match=r"at most 0\.00 GiB, planned are .* under 'none', .* under 'nested'"):
-        build_engine(auto(0.001), Mesh())
+        settled(auto(0.001), CPU)
     with pytest.raises(ValueError, match=r"parallel\.memory_gib: expected what"):
-        build_engine(make_config(parallel={"recompute": "auto"}), Mesh())
+        settled(make_config(parallel={"recompute": "auto"}), CPU)
     assert "recompute" in text(plan(auto(1.0)))
 
 

@@ -202,6 +202,8 @@ def test_validation_is_over_the_whole_of_its_batches(run_config: RunConfig, shar
         {"recompute": "block"},
         {"recompute": "sqrt"},
         {"recompute": "nested", "microbatches": 2},
+        {"recompute": "auto", "memory_gib": 2.0},
+        {"compile": True, "recompute": "selective"},
         {"compile": True},
         {"compile": True, "recompute": "block"},
     ],
