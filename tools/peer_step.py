@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Shape = dict[str, Any]
-"""n_layers, dim, n_heads, ffn_dim, vocab_size, rows, seq_len, threads, precision ("fp32", "bf16"), compile ("", "blocks",
-"whole"), and model, keys of nlm's [model]."""
+"""n_layers, dim, n_heads, ffn_dim, vocab_size, rows, seq_len, threads, precision ("fp32", "bf16"), compile ("",
+"blocks", "whole"), and model, keys of nlm's [model]."""
 Logits = Callable[[Tensor], Tensor]
 """Tokens [B S] -> [B S V]."""
 

@@ -1,7 +1,7 @@
 """nlm beside other libraries: `python tools/peers.py` measures all of it and writes it into docs/performance.md.
 
-Every library is installed into an environment of its own, which goes in the end. It and nlm then take turns at steps of
-training of the same shape (tools/peer_step.py), each eager and compiled; a table has the medians. Shapes are the depths:
+Every library is installed into an environment of its own, which goes in the end. It and nlm then take turns at steps
+of training of the same shape (tools/peer_step.py), each eager and compiled; a table has the medians. By depth:
 """
 
 import argparse
