@@ -32,7 +32,7 @@ from nlm.model import Part, Transformer
 from nlm.norms import NORMS
 from nlm.norms.batch import BatchStatistics
 from nlm.optim import OPTIMIZERS
-from nlm.parallel.compile import compile_model
+from nlm.parallel.compile import compile_model, refuse_missing_kernels
 from nlm.parallel.engine import Engine, WholeEngine
 from nlm.parallel.pipeline import PipelineEngine, split, stages_of
 from nlm.parallel.recompute import recompute
@@ -125,6 +125,7 @@ def _weight_norms(choice: WeightNormChoice | None) -> dict[Role, MakeWeightNorm]
 def build_engine(config: Config, mesh: Mesh) -> Engine:
     """What trains the model in the layout of the config, with this rank's parts of it, initialized."""
     parallel = config.parallel
+    refuse_missing_kernels(parallel, mesh.device)
     whole = design(config, mesh.tp, data=mesh.data)
     values = calibration(config, config.train.seed)
     if parallel.pp > 1:
@@ -150,7 +151,7 @@ def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str,
     model.loss_rows = loss_rows(config)
     recompute(model, config.parallel.recompute)
     if config.parallel.compile:
-        compile_model(model)
+        compile_model(model, kernels=config.parallel.kernels, say=print if mesh.speaks else None)
     return model
 
 

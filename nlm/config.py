@@ -222,6 +222,9 @@ class ParallelConfig(Section):
     computes a layer up to log L times. "auto" is the first of these that `nlm plan` expects to need no more than
     `memory_gib` on a rank, by default nine tenths of a GPU's.
 
+    `compile` makes one graph of a block, in which `kernels` says whose kernels compute residuals, norms and rotary
+    positions: Inductor's own, or nlm's in Triton (nlm.kernels).
+
     `loss_rows`: of how many positions of a microbatch there are logits at a time (by default as many as take the memory
     of its stream; always of all under zero = 3, "zbv" and "dualpipev").
     """
@@ -243,6 +246,7 @@ class ParallelConfig(Section):
     memory_gib: PositiveFloat | None = None
     loss_rows: PositiveInt | None = None
     compile: bool = False
+    kernels: Literal["inductor", "triton"] = "inductor"
 
     @property
     def ranks(self) -> int:

@@ -45,6 +45,7 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
         "precision": config.train.precision,
         "compile": parallel.compile,
         "recompute": parallel.recompute,
+        "kernels": parallel.kernels if parallel.compile else "torch",
         "attention": attention_kernel(config, device),
         "optimizer": "one fused kernel" if fused else SEVERAL_OPERATIONS,
     }

@@ -21,6 +21,8 @@ def layout_problems(config: Config) -> Iterator[str]:
 
 
 def _auto(parallel: ParallelConfig) -> Iterator[str]:
+    if parallel.kernels != "inductor" and not parallel.compile:
+        yield f"parallel.kernels: {parallel.kernels!r} is put into compiled blocks; set parallel.compile = true"
     is_auto = parallel.recompute == "auto"
     if parallel.memory_gib and not is_auto:
         yield f"parallel.memory_gib: is for parallel.recompute = 'auto', got {parallel.recompute!r}; remove it"

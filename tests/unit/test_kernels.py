@@ -1,0 +1,136 @@
+"""The Triton kernels, in Triton's interpreter where there is no GPU: each computes what its reference does, and a block
+with them computes what it does without."""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nlm import build_model
+from nlm.build import build_engine
+from nlm.config import Config
+from nlm.mesh import Mesh
+from nlm.parallel.compile import compile_model
+
+pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+
+from nlm.kernels import residual, rotary, sphere
+from nlm.kernels.check import REFERENCES, TOLERANCES, Like, check, differences
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MakeConfig = Callable[..., Config]
+KERNELS = torch.ops.nlm
+DTYPES = torch.float32, torch.bfloat16
+NORMS = [("none", 0), ("rms", 1), ("rms", 0), ("layer", 2), ("layer", 1), ("layer", 0)]
+"""Kind, and how many of gain and bias there are."""
+
+
+def learned(dim: int, dtype: torch.dtype, n: int) -> list[Like | None]:
+    return [Like((dim,), dtype) if i < n else None for i in range(2)]
+
+
+def assert_right(kernel: Any, *arguments: Any) -> None:
+    found = list(differences(kernel, DEVICE, *arguments))
+    assert len(found) > 1
+    for what, dtype, difference in found:
+        assert difference < TOLERANCES[dtype], (what, arguments)
+
+
+@pytest.fixture(autouse=True)
+def fewer_programs_than_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (residual, rotary, sphere):
+        monkeypatch.setattr(module, "PROGRAMS", 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind_2, n_2", NORMS)
+def test_residual_sums_and_the_norms_beside_them(kind_2: str, n_2: int, dtype: torch.dtype) -> None:
+    for i, (kind_1, n_1) in enumerate(NORMS):
+        dim, alpha = (33, None) if i % 2 else (16, Like((), torch.float32, learned=False))
+        stream = torch.float32 if alpha else dtype
+        vectors = *learned(dim, dtype, n_1), *learned(dim, stream, n_2)
+        x, f = Like((2, 3, dim), stream), Like((2, 3, dim), dtype)
+        assert_right(KERNELS.residual.default, x, f, alpha, *vectors, kind_1, kind_2, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [7, 33])
+def test_a_step_on_the_sphere(dim: int, dtype: torch.dtype) -> None:
+    h = Like((2, 3, dim), torch.float32)
+    assert_right(KERNELS.sphere_step.default, h, Like(h.shape, dtype), Like((dim,), torch.float32), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("head_dim", [6, 8])
+def test_rotary_positions_and_the_norms_of_heads(head_dim: int, interleaved: bool, dtype: torch.dtype) -> None:
+    x, table = Like((2, 3, 3, head_dim), dtype), Like((3, 1, head_dim), torch.float32, learned=False)
+    gain, scale = Like((head_dim,), dtype), Like((3, head_dim), torch.float32)
+    for own, scales, least in product([(None, None), (gain, 1e-5)], (None, scale), (None, 1e-12)):
+        out = torch.float32 if scales else dtype
+        assert_right(KERNELS.rotary.default, x, table, table, own[0], scales, own[1], least, interleaved, out)
+
+
+def test_rows_may_lie_apart() -> None:
+    wide = torch.randn(3, 5, 12, device=DEVICE)
+    x, f = wide[..., 1:8], wide.transpose(0, 1)[..., :7].transpose(0, 1)
+    given = x, f, None, None, None, None, None, "none", "rms", 1e-5
+    for ours, theirs in zip(KERNELS.residual(*given), residual.reference(*given), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    q = wide.view(3, 5, 3, 4)[:, :, 1:].transpose(0, 1)
+    table = torch.randn(3, 1, 4, device=DEVICE)
+    given = q, table, table, None, None, None, 1e-12, False, torch.float32
+    torch.testing.assert_close(KERNELS.rotary(*given), REFERENCES[KERNELS.rotary.default](*given))
+
+
+MODELS: list[tuple[dict[str, Any], dict[str, int]]] = [
+    ({"scheme": {"name": "pre_ln"}}, {"residual": 1, "rotary": 2}),
+    ({"scheme": {"name": "deepnorm"}, "norm": "layernorm", "bias": True}, {"residual": 2, "rotary": 2}),
+    ({"scheme": {"name": "peri_ln"}, "position": "rope_interleaved"}, {"residual": 2, "rotary": 2}),
+    ({"scheme": {"name": "normformer"}, "attention": {"score": "rms_qknorm_head"}}, {"residual": 1, "rotary": 2}),
+    ({"scheme": {"name": "post_ln"}, "position": "learned"}, {"residual": 2}),
+    ({"scheme": {"name": "ngpt"}, "attention": {"score": "qknorm"}}, {"rotary": 2, "sphere_step": 2}),
+]
+
+
+@pytest.mark.parametrize("model, expected", MODELS, ids=[m["scheme"]["name"] for m, _ in MODELS])
+def test_a_block_finds_them_and_computes_the_same(
+    model: dict[str, Any], expected: dict[str, int], make_config: MakeConfig
+) -> None:
+    config = make_config({"norm": "rmsnorm", "n_layers": 1} | model)
+    said: list[str] = []
+
+    def gradients(precision: str, compiled: bool) -> Tensor:
+        torch._dynamo.reset()
+        built = build_model(config, device=DEVICE)
+        built.precision = precision
+        if compiled:
+            compile_model(built, "aot_eager", "triton", said.append)
+        tokens = torch.arange(6, device=DEVICE).view(2, 3)
+        built(tokens, tokens.flip(1)).backward()
+        return torch.cat([p.grad.flatten() for p in built.parameters() if p.grad is not None])
+
+    exact, rounded = gradients("fp32", compiled=False), gradients("bf16", compiled=False)
+    assert (gradients("fp32", compiled=True) - exact).norm() < 1e-5 * exact.norm()
+    assert (gradients("bf16", compiled=True) - exact).norm() < 1.5 * (rounded - exact).norm()
+    assert said == 2 * ["kernels in a block: " + ", ".join(f"{n} x {name}" for name, n in expected.items())]
+
+
+def test_a_wrong_kernel_stops_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    check.cache_clear()
+    monkeypatch.setitem(REFERENCES, KERNELS.residual.default, lambda *given: residual.reference(*given[:-1], 0.1))
+    built = build_model(make_config({"n_layers": 1}), device=DEVICE)
+    compile_model(built, "aot_eager", "triton")
+    with pytest.raises(Exception, match=r'does not compute what it should.*parallel\.kernels = "inductor"'):
+        built(torch.arange(12, device=DEVICE).view(1, 12))
+
+
+def test_where_they_cannot_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"parallel\.kernels: 'triton' is put into compiled blocks"):
+        make_config(parallel={"kernels": "triton"})
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"parallel\.kernels: 'triton' needs a GPU, got cpu"):
+        build_engine(make_config(parallel={"kernels": "triton", "compile": True}), Mesh())
