@@ -229,10 +229,16 @@ VARIANT_ROWS = {
                 mode,
                 ["ddp2", "fsdp2", "tp2+sp", "pp2-1f1b", "pp2-zbv", "fsdp2xtp2xpp2", "zero3"],
                 {},
-                parallel={"blocks_per_unit": 3},
                 everywhere={"recompute": mode},
             )
             for mode in ("sqrt", "nested")
+        ),
+        variant(
+            "segments across units",
+            ["fsdp2", "fsdp2xtp2xpp2"],
+            {},
+            parallel={"blocks_per_unit": 2},
+            everywhere={"recompute": "sqrt"},
         ),
         variant(
             "compile",
