@@ -1,7 +1,7 @@
 """A step of training in one of the libraries that tools/peers.py compares, run by the Python of its own environment.
 
 `python peer_step.py NAME SHAPE`, SHAPE as JSON, answers each number of steps on stdin with a line of JSON: seconds of
-the CPU and of the clock a step, and the process's peak memory so far. The same work for all: forward, mean
+the CPU and of the clock a step, the process's peak memory so far, and the number of parameters. The same work for all: forward, mean
 cross-entropy in float32, backward, clipping to norm 1, AdamW.
 """
 
@@ -84,7 +84,9 @@ def olmo_core(s: Shape) -> tuple[nn.Module, Logits]:
 
 
 def torchtitan(s: Shape) -> tuple[nn.Module, Logits]:
+    from torchtitan.models import llama3
     from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+    from torchtitan.models.common.attention import ScaledDotProductAttention
     from torchtitan.models.llama3 import (
         _EMBEDDING_INIT,
         _NORM_INIT,
@@ -93,6 +95,8 @@ def torchtitan(s: Shape) -> tuple[nn.Module, Logits]:
         _output_linear_init,
     )
 
+    # Its language models have FlexAttention, which has no backward on a CPU; of its other models, this.
+    llama3.get_attention_config = lambda _: ScaledDotProductAttention.Config()
     dim = s["dim"]
     config = Llama3Model.Config(
         dim=dim,
@@ -113,11 +117,15 @@ def torchtitan(s: Shape) -> tuple[nn.Module, Logits]:
     model = config.build()
     model.init_states()
     positions = torch.arange(s["seq_len"])[None].expand(s["rows"], -1)
-    masks = model.get_attention_masks(positions=positions)
-    return model, lambda tokens: model(tokens, attention_masks=masks, positions=positions)
+    return model, lambda tokens: model(tokens, positions=positions)
 
 
 def torchscale(s: Shape) -> tuple[nn.Module, Logits]:
+    # It imports timm, and that torchvision, which defines fakes of operators that its build for GPUs alone has.
+    operators = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
     from torchscale.architecture.config import DecoderConfig
     from torchscale.architecture.decoder import Decoder
     from torchscale.component.embedding import PositionalEmbedding, TextEmbedding
@@ -143,6 +151,9 @@ def torchscale(s: Shape) -> tuple[nn.Module, Logits]:
 def ngpt_pytorch(s: Shape) -> tuple[nn.Module, Logits]:
     from nGPT_pytorch import nGPT
 
+    for layer in vars(sys.modules[nGPT.__module__]).values():  # some say when two are equal, but have no hash, which torch wants
+        if isinstance(layer, type) and issubclass(layer, nn.Module) and layer.__hash__ is None:
+            layer.__hash__ = nn.Module.__hash__
     model = nGPT(
         num_tokens=s["vocab_size"],
         dim=s["dim"],
@@ -166,7 +177,10 @@ def blocks(model: nn.Module, n_layers: int) -> list[nn.Module]:
     return list(found.values()) if isinstance(found, nn.ModuleDict) else list(found)
 
 
-def plain_step(make: Callable[[Shape], tuple[nn.Module, Logits]], s: Shape) -> Callable[[], None]:
+Step = Callable[[], None]
+
+
+def plain_step(make: Callable[[Shape], tuple[nn.Module, Logits]], s: Shape) -> tuple[Step, int]:
     model, logits = make(s)
     model.train()
     for module in {"": [], "blocks": blocks(model, s["n_layers"]), "whole": [model]}[s["compile"]]:
@@ -185,10 +199,10 @@ def plain_step(make: Callable[[Shape], tuple[nn.Module, Logits]], s: Shape) -> C
         if hasattr(model, "norm_weights_"):
             model.norm_weights_()  # nGPT's projection
 
-    return step
+    return step, sum(p.numel() for p in model.parameters())
 
 
-def nlm(s: Shape) -> Callable[[], None]:
+def nlm(s: Shape) -> tuple[Step, int]:
     from nlm.batch import Batch
     from nlm.build import build_engine, parse_config
     from nlm.mesh import Mesh
@@ -220,10 +234,10 @@ def nlm(s: Shape) -> Callable[[], None]:
         engine.clip()
         engine.update(1e-4)
 
-    return step
+    return step, sum(tensor.numel() for tensor in engine.pieces.tensors)
 
 
-def answers(step: Callable[[], None]) -> Iterator[dict[str, float]]:
+def answers(step: Step, parameters: int) -> Iterator[dict[str, float]]:
     for line in sys.stdin:
         n = int(line)
         cpu, wall = time.process_time(), time.perf_counter()
@@ -231,12 +245,12 @@ def answers(step: Callable[[], None]) -> Iterator[dict[str, float]]:
             step()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        yield {"cpu_s": cpu / n, "wall_s": wall / n, "peak_gib": peak}
+        yield {"cpu_s": cpu / n, "wall_s": wall / n, "peak_gib": peak, "parameters": parameters}
 
 
 if __name__ == "__main__":
     name, shape = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(shape["threads"])
     torch.manual_seed(0)
-    for answer in answers(nlm(shape) if name == "nlm" else plain_step(LIBRARIES[name], shape)):
+    for answer in answers(*(nlm(shape) if name == "nlm" else plain_step(LIBRARIES[name], shape))):
         print("answer", json.dumps(answer), flush=True)

@@ -40,7 +40,7 @@ PEERS = {
     "transformers": Peer(("transformers",), PRE_LN),
     "litgpt": Peer(("litgpt",), PRE_LN),
     "olmo_core": Peer(("ai2-olmo-core",), PRE_LN),
-    "torchtitan": Peer(("torchtitan",), PRE_LN),
+    "torchtitan": Peer(("torchtitan", "triton"), PRE_LN),
     "torchscale": Peer(
         ("torchscale",),
         {
@@ -117,7 +117,7 @@ def race(runners: dict[str, Runner], rounds: int, steps: int) -> Iterator[tuple[
         else:
             taken = turns[name]
             medians = {key: statistics.median(turn[key] for turn in taken[1:]) for key in ("cpu_s", "wall_s")}
-            yield name, medians | {"peak_gib": taken[-1]["peak_gib"]}
+            yield name, medians | {key: taken[-1][key] for key in ("peak_gib", "parameters")}
 
 
 def rows(peer: str, python: Path, depth: int, precision: str, options: argparse.Namespace) -> Iterator[str]:
@@ -137,12 +137,12 @@ def rows(peer: str, python: Path, depth: int, precision: str, options: argparse.
     for name, of in found.items():
         head = f"| {depth} | {precision} | {name} |"
         if isinstance(of, str):
-            yield f"{head} failed: {' '.join(of.split())[-160:]} | | | |"
+            yield f"{head} failed: {' '.join(of.split())[-160:]} | | | | |"
             continue
         ratios = (
             f"{best / of['wall_s']:.2f} | {of['peak_gib']:.2f} | {of['peak_gib'] / leanest:.2f}" if best else "| | "
         )
-        yield f"{head} {tokens / of['wall_s']:,.0f} | {ratios} |"
+        yield f"{head} {of['parameters']:,} | {tokens / of['wall_s']:,.0f} | {ratios} |"
 
 
 def main() -> None:
@@ -156,8 +156,8 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, metavar="DIR", help="keep them there; default: a folder that goes")
     options = parser.parse_args()
     lines = [
-        "| layers | precision | | tokens/s | of the peer's best | peak GiB | of its least |",
-        "|---|---|---|---|---|---|---|",
+        "| layers | precision | | parameters | tokens/s | of the peer's best | peak GiB | of its least |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as scratch:
         for peer in options.peers:
@@ -167,7 +167,7 @@ def main() -> None:
                 try:
                     environment(folder, PEERS[peer].requirements)
                 except subprocess.CalledProcessError as error:
-                    lines.append(f"| | | {peer} | not installed: {' '.join(str(error.stderr).split())[-160:]} | | | |")
+                    lines.append(f"| | | {peer} | not installed: {' '.join(str(error.stderr).split())[-160:]} | | | | |")
                     print(lines[-1], flush=True)
                     continue
             for depth in options.depths:

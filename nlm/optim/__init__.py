@@ -4,6 +4,7 @@ from nlm.config import OptimConfig
 from nlm.optim.adafactor import Adafactor
 from nlm.optim.adamp import SGDP, AdamP
 from nlm.optim.adamw import AdamW, adamw
+from nlm.optim.adamw_bf16 import AdamWBF16
 from nlm.optim.base import Optimizer
 from nlm.optim.clip import clip_gradients
 from nlm.optim.continual import ContinualBackprop
@@ -32,6 +33,7 @@ __all__ = [
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": AdamW,
+    "adamw_bf16": AdamWBF16,
     "adamp": AdamP,
     "sgdp": SGDP,
     "ranger21": Ranger21,

@@ -40,11 +40,11 @@ class Optimizer(ABC):
         self._process = [adaptive_clipping(pieces, config.agc)] if config.agc else []
         self._process += [centralization(pieces)] if config.centralize else []
 
-    def keep(self, name: str, chosen: Iterable[int] | None = None) -> list[Tensor]:
-        """State of all pieces, or of the chosen ones, zero as yet."""
+    def keep(self, name: str, chosen: Iterable[int] | None = None, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """State of all pieces, or of the chosen ones, zero as yet, of the weights' dtype unless told otherwise."""
         tensors = []
         for i in range(len(self.weights)) if chosen is None else chosen:
-            self.state[i][name] = torch.zeros_like(self.weights[i])
+            self.state[i][name] = torch.zeros_like(self.weights[i], dtype=dtype)
             tensors.append(self.state[i][name])
         return tensors
 

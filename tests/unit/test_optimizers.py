@@ -15,6 +15,7 @@ from nlm.build import build_engine, load_config
 from nlm.config import Config, ConfigError
 from nlm.mesh import Mesh
 from nlm.optim import OPTIMIZERS
+from nlm.optim.adamw_bf16 import rounded
 from nlm.optim.agc import adaptive_clipping
 from nlm.optim.muon import orthogonal
 from nlm.parallel.engine import Engine
@@ -234,6 +235,44 @@ def test_adamw_is_torchs(make_config: MakeConfig) -> None:
     groups = [{"params": ps, "weight_decay": d} for ps, d in zip(decays, (DECAY, 0.0), strict=True)]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.8, 0.9), eps=1e-4)
     against(engine, theirs, optimizer, 1e-12)
+
+
+def test_adamw_of_bfloat16_is_adamw_but_for_rounding(make_config: MakeConfig) -> None:
+    half, whole = (make(make_config, {"name": name}, "fp32") for name in ("adamw_bf16", "adamw"))
+    start = weights(whole)
+    for t in range(1, STEPS + 1):
+        for engine in (half, whole):
+            give(engine, gradients(start, t))
+            engine.update(LR)
+    assert {state.dtype for of in half.optimizer.state for state in of.values()} == {torch.bfloat16}
+    reached = weights(whole)
+    for name, w in weights(half).items():
+        assert 0 < norm(w - reached[name]) < 2**-8 * norm(reached[name] - start[name]), name
+
+
+def test_moments_go_on_below_the_last_bit_of_bfloat16(make_config: MakeConfig) -> None:
+    """Of a constant gradient. Rounded to the nearest, v would have stopped where 0.001 g² is half a unit of its own."""
+    engine, updates = make(make_config, {"name": "adamw_bf16", "betas": [0.9, 0.999]}, "fp32"), 1000
+    for _ in range(updates):
+        give(engine, {name: np.full_like(w, 0.5) for name, w in weights(engine).items()})
+        engine.update(1e-6)
+    reached = 0.25 * (1 - 0.999**updates)
+    for h, of in zip(engine.pieces.held, engine.optimizer.state, strict=True):
+        mean = of["exp_avg_sq"].double().mean()
+        assert abs(mean - reached) < 0.1 * reached / h.tensor.numel() ** 0.5, h.name
+
+
+def test_rounding_is_right_on_the_average_and_to_a_neighbour() -> None:
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    keys = torch.arange(50)[None].expand(4096, 50) + 50 * torch.arange(4096)[:, None]
+    found = rounded(x.expand_as(keys), keys, torch.tensor(7.0)).double()
+    below, above = found.amin(0), found.amax(0)
+    assert (below < x).all() and (x < above).all()
+    assert ((above - below) <= 2**-7 * x.abs()).all()
+    chance = (x.double() - below) / (above - below)
+    assert ((found == above).double().mean(0) - chance).abs().max() < 4 * (0.25 / 4096) ** 0.5
+    exact = x.bfloat16().float()
+    assert torch.equal(rounded(exact, keys[0], torch.tensor(8.0)).float(), exact)
 
 
 def test_adafactor_is_torchs(make_config: MakeConfig) -> None:
