@@ -1,8 +1,8 @@
 """A step of training in one of the libraries that tools/peers.py compares, run by the Python of its own environment.
 
 `python peer_step.py NAME SHAPE`, SHAPE as JSON, answers each number of steps on stdin with a line of JSON: seconds of
-the CPU and of the clock a step, the process's peak memory so far, and the number of parameters. The same work for all: forward, mean
-cross-entropy in float32, backward, clipping to norm 1, AdamW.
+the CPU and of the clock a step, the process's peak memory so far, and the number of parameters. The same work for all:
+forward, mean cross-entropy in float32, backward, clipping to norm 1, AdamW.
 """
 
 import json
@@ -151,7 +151,9 @@ def torchscale(s: Shape) -> tuple[nn.Module, Logits]:
 def ngpt_pytorch(s: Shape) -> tuple[nn.Module, Logits]:
     from nGPT_pytorch import nGPT
 
-    for layer in vars(sys.modules[nGPT.__module__]).values():  # some say when two are equal, but have no hash, which torch wants
+    for layer in vars(
+        sys.modules[nGPT.__module__]
+    ).values():  # some say when two are equal, but have no hash, which torch wants
         if isinstance(layer, type) and issubclass(layer, nn.Module) and layer.__hash__ is None:
             layer.__hash__ = nn.Module.__hash__
     model = nGPT(

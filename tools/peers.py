@@ -167,7 +167,9 @@ def main() -> None:
                 try:
                     environment(folder, PEERS[peer].requirements)
                 except subprocess.CalledProcessError as error:
-                    lines.append(f"| | | {peer} | not installed: {' '.join(str(error.stderr).split())[-160:]} | | | | |")
+                    lines.append(
+                        f"| | | {peer} | not installed: {' '.join(str(error.stderr).split())[-160:]} | | | | |"
+                    )
                     print(lines[-1], flush=True)
                     continue
             for depth in options.depths:
@@ -175,12 +177,15 @@ def main() -> None:
                     for line in rows(peer, python, depth, precision, options):
                         lines.append(line)
                         print(line, flush=True)
-    marked = "<!-- peers -->\n" + "\n".join(lines) + "\n<!-- end -->"
-    if PAGE.exists():
-        text = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(
-            re.sub(r"<!-- peers -->.*?<!-- end -->", lambda _: marked, text, flags=re.DOTALL), encoding="utf-8"
-        )
+    write_table("peers", lines)
+
+
+def write_table(name: str, lines: Sequence[str]) -> None:
+    """Into docs/performance.md, in the place of the table of that name."""
+    text, marked = PAGE.read_text(encoding="utf-8"), "\n".join([f"<!-- {name} -->", *lines, "<!-- end -->"])
+    assert f"<!-- {name} -->" in text, f"{PAGE} has no place for the table {name}"
+    text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: marked, text, flags=re.DOTALL)
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
