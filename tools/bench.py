@@ -4,9 +4,9 @@ Every contender is a process of its own, or one a rank, that waits its turn, so 
 but not their memory. Reported are medians over the rounds of CPU seconds a step and rank (all threads) and of wall
 seconds, the ratio to the first contender (above 1: faster), and the peak resident memory of a process.
 
-  peers       24 layers, D=128, seq 256, vocabulary 8192, fp32, forward + backward + AdamW: Hugging Face Llama with
-              sdpa against the same model in nlm (pre_ln, rmsnorm, swiglu, rope), eager and compiled
-  depth       quickstart's width at 100 and at 1,000 layers; the target is at most 1.1 × 10 times the time
+  depth       quickstart's width at 100 and at 1,000 layers; the target is at most 1.05 × 10 times the time
+  compile     the same, compiled from nothing, at 10 and at 1,000 layers: `first_s` is the first step, which compiles
+  recompute   1,000 layers in every mode of parallel.recompute
   statistics  1,000 layers, every step recorded, judged and written to `layers/`, against none, eager or compiled,
               narrow or wide: `tools/statistics_cost.py` makes a table of it
   tp, pp, dp  quickstart's width and 1,024 tokens a step at --layers (200) layers, on two ranks: tensor parallelism
@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from launched import free_port
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -49,7 +48,6 @@ from nlm.statistics.store import LayerWriter
 Step = Callable[[int], None]
 """Trains one step; the argument counts them."""
 
-PEERS = {"vocab_size": 8192, "dim": 128, "n_layers": 24, "n_heads": 4, "ffn_dim": 344}
 WIDTH = {"vocab_size": 512, "dim": 64, "n_heads": 2, "ffn_dim": 128, "activation": "relu"}
 
 WIDER: dict[str, Any] = {
@@ -75,48 +73,6 @@ def config(model: dict[str, Any], seq_len: int, rows: int = 1, **parallel: Any) 
 def batch(vocab_size: int, rows: int, seq_len: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab_size, (rows, seq_len + 1), generator=generator).to(pick_device())
-
-
-def nlm_peer(compiled: bool) -> Step:
-    keep_freed_memory()
-    model = PEERS | {"norm": "rmsnorm", "activation": "swiglu", "position": "rope"}
-    engine = build_engine(config(model, 256, rows=4, compile=compiled), Mesh(device=pick_device()))
-    rows = batch(PEERS["vocab_size"], 4, 256)
-
-    def step(_: int) -> None:
-        engine.forward_backward(Batch(rows))
-        engine.update(1e-4)
-
-    return step
-
-
-def llama_peer() -> Step:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = LlamaConfig(
-        vocab_size=PEERS["vocab_size"],
-        hidden_size=PEERS["dim"],
-        num_hidden_layers=PEERS["n_layers"],
-        num_attention_heads=PEERS["n_heads"],
-        num_key_value_heads=PEERS["n_heads"],
-        intermediate_size=PEERS["ffn_dim"],
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        max_position_embeddings=256,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(settings).to(pick_device()).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    rows = batch(PEERS["vocab_size"], 4, 256)
-
-    def step(_: int) -> None:
-        F.cross_entropy(model(input_ids=rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def deep(
@@ -206,20 +162,16 @@ def layouts(n_layers: int) -> dict[str, dict[str, Contender]]:
 
 
 BENCHES: dict[str, tuple[int, dict[str, Contender]]] = {
-    "peers": (
-        4,
-        {
-            "Llama, transformers": Contender(llama_peer, {}),
-            "nlm": Contender(nlm_peer, {"compiled": False}),
-            "nlm, compiled": Contender(nlm_peer, {"compiled": True}),
-        },
-    ),
     "depth": (
         2,
         {
             "1,000 layers": Contender(deep, {"n_layers": 1000}),
             "100 layers": Contender(deep, {"n_layers": 100}),
         },
+    ),
+    "compile": (
+        1,
+        {f"{n:,} layers, compiled": Contender(deep, {"n_layers": n, "compile": True}) for n in (10, 1000)},
     ),
     "recompute": (1, {mode: Contender(deep, {"n_layers": 1000, "recompute": mode}) for mode in RECOMPUTE}),
     **{
@@ -290,6 +242,7 @@ def race(steps: int, contenders: dict[str, Contender], rounds: int, threads: int
             "contender": name,
             "cpu_s": round(cpu, 4),
             "wall_s": round(wall, 4),
+            "first_s": round(steps * turns[0][1], 1),
             "cpu_ratio": round(first["cpu"] / cpu, 3),
             "wall_ratio": round(first["wall"] / wall, 3),
             "peak_gib": round(turns[-1][2], 2),
@@ -302,7 +255,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=200, help="of tp, pp and dp")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders beside the first; by default all")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2, help="of peers, depth and statistics")
+    parser.add_argument("--threads", type=int, default=2, help="of the benches in one process")
     options = parser.parse_args()
     many = layouts(options.layers)
     if options.bench in many:
@@ -315,6 +268,8 @@ def main() -> None:
             parser.error(f"--only: no contender {', '.join(sorted(unknown))}; there are {', '.join(contenders)}")
         first = next(iter(contenders))
         contenders = {name: made for name, made in contenders.items() if name == first or name in options.only}
+    if options.bench == "compile":
+        os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     for record in race(steps, contenders, options.rounds, threads):
         print(json.dumps(record), flush=True)
 

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Shape = dict[str, Any]
-"""n_layers, dim, n_heads, ffn_dim, vocab_size, rows, seq_len, threads, precision ("fp32", "bf16"), compile ("",
-"blocks", "whole"), and model, keys of nlm's [model]."""
+"""n_layers, dim, n_heads, ffn_dim, vocab_size, rows, seq_len, threads, precision ("fp32", "bf16"), how ("eager",
+"compiled" block by block, "compiled whole", "checkpointed" block by block; nlm's "compiled, sqrt"), and model, keys of
+nlm's [model]."""
 Logits = Callable[[Tensor], Tensor]
 """Tokens [B S] -> [B S V]."""
 
@@ -185,8 +186,14 @@ Step = Callable[[], None]
 def plain_step(make: Callable[[Shape], tuple[nn.Module, Logits]], s: Shape) -> tuple[Step, int]:
     model, logits = make(s)
     model.train()
-    for module in {"": [], "blocks": blocks(model, s["n_layers"]), "whole": [model]}[s["compile"]]:
-        module.compile()
+    match s["how"]:
+        case "compiled":
+            for block in blocks(model, s["n_layers"]):
+                block.compile()
+        case "compiled whole":
+            model.compile()
+        case "checkpointed":
+            model.gradient_checkpointing_enable()  # of transformers alone
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     rows = torch.randint(s["vocab_size"], (s["rows"], s["seq_len"] + 1), generator=torch.Generator().manual_seed(0))
     cast = torch.autocast("cpu", torch.bfloat16) if s["precision"] == "bf16" else nullcontext()
@@ -222,7 +229,7 @@ def nlm(s: Shape) -> tuple[Step, int]:
                 "precision": s["precision"],
             },
             "optim": {"lr": 1e-4},
-            "parallel": {"compile": bool(s["compile"])},
+            "parallel": {"compile": "compiled" in s["how"], "recompute": "sqrt" if "sqrt" in s["how"] else "none"},
             "data": {"train": "-"},
             "log": {"dir": "-"},
         }
@@ -237,6 +244,33 @@ def nlm(s: Shape) -> tuple[Step, int]:
         engine.update(1e-4)
 
     return step, sum(tensor.numel() for tensor in engine.pieces.tensors)
+
+
+def floor(s: Shape) -> tuple[Step, int]:
+    """Nothing but the matrix products and the attention of the same step: what no library does without."""
+    tokens, dim, ffn = s["rows"] * s["seq_len"], s["dim"], s["ffn_dim"]
+    x = {n: torch.randn(tokens, n) for n in (dim, ffn, s["vocab_size"])}
+    shapes = [*[(dim, dim)] * 4, (dim, ffn), (dim, ffn), (ffn, dim)]
+    weights = [torch.randn(shape) for _ in range(s["n_layers"]) for shape in shapes]
+    weights.append(torch.randn(dim, s["vocab_size"]))
+    q, k, v = (
+        torch.randn(s["rows"], s["n_heads"], s["seq_len"], dim // s["n_heads"]).requires_grad_() for _ in range(3)
+    )
+
+    def step() -> None:
+        for w in weights:
+            n, m = w.shape
+            torch.mm(x[n], w)
+            torch.mm(x[m], w.T)
+            torch.mm(x[n].T, x[m])
+        for _ in range(s["n_layers"]):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.autograd.grad(out, [q, k, v], out.detach())
+
+    return step, sum(w.numel() for w in weights)
+
+
+OURS = {f.__name__: f for f in (nlm, floor)}
 
 
 def answers(step: Step, parameters: int) -> Iterator[dict[str, float]]:
@@ -254,5 +288,5 @@ if __name__ == "__main__":
     name, shape = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(shape["threads"])
     torch.manual_seed(0)
-    for answer in answers(*(nlm(shape) if name == "nlm" else plain_step(LIBRARIES[name], shape))):
+    for answer in answers(*(OURS[name](shape) if name in OURS else plain_step(LIBRARIES[name], shape))):
         print("answer", json.dumps(answer), flush=True)

@@ -1,7 +1,8 @@
 """nlm beside other libraries: `python tools/peers.py` measures all of it and writes it into docs/performance.md.
 
-Every library is installed into an environment of its own, which goes in the end. It and nlm then take turns at steps
-of training of the same shape (tools/peer_step.py), each eager and compiled; a table has the medians. By depth:
+Every library is installed into an environment of its own, which goes in the end. It and nlm, each eager, compiled and
+at its leanest, then take turns at steps of training of the same shape (tools/peer_step.py), and so does the floor:
+their matrix products and attention alone. Tables have the medians. By depth:
 """
 
 import argparse
@@ -12,13 +13,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
+RECORDS = ROOT / "docs" / "performance.json"
 SHAPES: dict[int, dict[str, Any]] = {
     24: {"dim": 256, "n_heads": 4, "ffn_dim": 688, "vocab_size": 8192, "rows": 4, "seq_len": 256},
     200: {"dim": 128, "n_heads": 4, "ffn_dim": 344, "vocab_size": 4096, "rows": 4, "seq_len": 256},
@@ -34,10 +37,16 @@ class Peer:
 
     requirements: tuple[str, ...]
     model: dict[str, Any]
+    ways: tuple[str, ...] = ("eager", "compiled")
 
 
+OURS = ("nlm", "floor")
+SPEED_GOALS = {24: 1.3, 200: 1.5, 1000: 1.5}
+MEMORY_GOAL = 0.8
+Record = dict[str, Any]
+"""What was found of a contender in a race; RECORDS has them all."""
 PEERS = {
-    "transformers": Peer(("transformers",), PRE_LN),
+    "transformers": Peer(("transformers",), PRE_LN, ("eager", "compiled", "checkpointed")),
     "litgpt": Peer(("litgpt",), PRE_LN),
     "olmo_core": Peer(("ai2-olmo-core",), PRE_LN),
     "torchtitan": Peer(("torchtitan", "triton"), PRE_LN),
@@ -73,7 +82,7 @@ class Runner:
         self.process = subprocess.Popen(
             [python, "-W", "ignore", ROOT / "tools" / "peer_step.py", name, json.dumps(shape)],
             env=os.environ
-            | {"PYTHONPATH": str(ROOT) if name == "nlm" else "", "OMP_NUM_THREADS": str(shape["threads"])},
+            | {"PYTHONPATH": str(ROOT) if name in OURS else "", "OMP_NUM_THREADS": str(shape["threads"])},
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -95,10 +104,12 @@ class Runner:
         self.process.wait()
 
 
-def race(runners: dict[str, Runner], rounds: int, steps: int) -> Iterator[tuple[str, dict[str, float] | str]]:
+def race(
+    runners: dict[tuple[str, str], Runner], rounds: int, steps: int
+) -> Iterator[tuple[tuple[str, str], dict[str, float] | str]]:
     """Medians of each that runs, after a turn that warms up; what the others said."""
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
-    failed: dict[str, str] = {}
+    turns: dict[tuple[str, str], list[dict[str, float]]] = {name: [] for name in runners}
+    failed: dict[tuple[str, str], str] = {}
     try:
         for turn in range(rounds + 1):
             for name, runner in runners.items():
@@ -120,29 +131,78 @@ def race(runners: dict[str, Runner], rounds: int, steps: int) -> Iterator[tuple[
             yield name, medians | {key: taken[-1][key] for key in ("peak_gib", "parameters")}
 
 
-def rows(peer: str, python: Path, depth: int, precision: str, options: argparse.Namespace) -> Iterator[str]:
+def measured(peer: str, python: Path, depth: int, precision: str, options: argparse.Namespace) -> Iterator[Record]:
     shape = SHAPES[depth] | {"n_layers": depth, "precision": precision, "threads": options.threads}
     shape["model"] = PEERS[peer].model
-    compiled = ["", "blocks", *(["whole"] if depth <= 24 else [])]
-    runners = {f"{peer} {how}".strip(): Runner(python, peer, shape | {"compile": how}) for how in compiled}
-    runners |= {f"nlm {how}".strip(): Runner(sys.executable, "nlm", shape | {"compile": how}) for how in ("", "blocks")}
+    contenders = [(peer, how) for how in PEERS[peer].ways]
+    contenders += [("nlm", how) for how in ("eager", "compiled", "compiled, sqrt")] + [("floor", "")]
+    runners = {
+        (name, how): Runner(sys.executable if name in OURS else python, name, shape | {"how": how})
+        for name, how in contenders
+    }
     tokens = shape["rows"] * shape["seq_len"]
-    found = dict(race(runners, options.rounds, max(1, 100 // depth)))
-    best = min(
-        (of["wall_s"] for name, of in found.items() if name.startswith(peer) and isinstance(of, dict)), default=0
-    )
-    leanest = min(
-        (of["peak_gib"] for name, of in found.items() if name.startswith(peer) and isinstance(of, dict)), default=0
-    )
-    for name, of in found.items():
-        head = f"| {depth} | {precision} | {name} |"
-        if isinstance(of, str):
-            yield f"{head} failed: {' '.join(of.split())[-160:]} | | | | |"
-            continue
-        ratios = (
-            f"{best / of['wall_s']:.2f} | {of['peak_gib']:.2f} | {of['peak_gib'] / leanest:.2f}" if best else "| | "
+    for (name, how), found in race(runners, options.rounds, max(1, 48 // depth)):
+        record: Record = {"peer": peer, "layers": depth, "precision": precision, "name": name, "how": how}
+        if isinstance(found, str):
+            yield record | {"failed": " ".join(found.split())[-160:]}
+        else:
+            yield record | found | {"tokens_s": tokens / found["wall_s"]}
+
+
+def table(records: Sequence[Record]) -> Iterator[str]:
+    yield "| layers | precision | | parameters | tokens/s | CPU s a step | peak GiB |"
+    yield "|---|---|---|---|---|---|---|"
+    for r in records:
+        head = f"| {r['layers']} | {r['precision']} | {', '.join(filter(None, (r['name'], r['how'])))} |"
+        if "failed" in r:
+            yield f"{head} failed: {r['failed']} | | | |"
+        else:
+            yield f"{head} {r['parameters']:,} | {r['tokens_s']:,.0f} | {r['cpu_s']:.2f} | {r['peak_gib']:.2f} |"
+
+
+def goals(records: Sequence[Record]) -> Iterator[str]:
+    """Each peer at its fastest and at its leanest against nlm at its own, in the race that both were in."""
+    yield "| layers | precision | peer | nlm's speed / its | goal | the floor's / its | nlm's memory / its | goal |"
+    yield "|---|---|---|---|---|---|---|---|"
+    races = {(r["layers"], r["precision"], r["peer"]): None for r in records}
+    for depth, precision, peer in sorted(races):
+        ran = [r for r in records if (r["layers"], r["precision"], r["peer"]) == (depth, precision, peer)]
+
+        def of(name: str, key: str, best: Callable[..., float], ran: Sequence[Record] = ran) -> float:
+            return best((r[key] for r in ran if r["name"] == name and key in r), default=float("nan"))
+
+        speed = of("nlm", "tokens_s", max) / of(peer, "tokens_s", max)
+        bound = of("floor", "tokens_s", max) / of(peer, "tokens_s", max)
+        memory = of("nlm", "peak_gib", min) / of(peer, "peak_gib", min)
+        least = SPEED_GOALS[depth]
+        yield (
+            f"| {depth} | {precision} | {peer} | {speed:.2f} | {least}: {_mark(speed >= least)} | {bound:.2f} "
+            f"| {memory:.2f} | {MEMORY_GOAL}: {_mark(memory <= MEMORY_GOAL)} |"
         )
-        yield f"{head} {of['parameters']:,} | {tokens / of['wall_s']:,.0f} | {ratios} |"
+
+
+def _mark(met: bool) -> str:
+    return "met" if met else "**missed**"
+
+
+def write_table(name: str, lines: Iterable[str]) -> None:
+    """Into docs/performance.md, in the place of the table of that name."""
+    text, marked = PAGE.read_text(encoding="utf-8"), "\n".join([f"<!-- {name} -->", *lines, "<!-- end -->"])
+    assert f"<!-- {name} -->" in text, f"{PAGE} has no place for the table {name}"
+    text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: marked, text, flags=re.DOTALL)
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def keep(records: Sequence[Record], peer: str, depth: int, precision: str) -> None:
+    """In the place of what there was of the same race; the tables are made anew."""
+    races = {(r["layers"], r["precision"], r["peer"]) for r in records} | {(depth, precision, peer)}
+    old: list[Record] = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else []
+    found = [r for r in old if (r["layers"], r["precision"], r["peer"]) not in races] + list(records)
+    order = list(PEERS)
+    found.sort(key=lambda r: (r["layers"], r["precision"], order.index(r["peer"])))
+    RECORDS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_table("peers", table(found))
+    write_table("goals", goals(found))
 
 
 def main() -> None:
@@ -155,37 +215,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--environments", type=Path, metavar="DIR", help="keep them there; default: a folder that goes")
     options = parser.parse_args()
-    lines = [
-        "| layers | precision | | parameters | tokens/s | of the peer's best | peak GiB | of its least |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
     with tempfile.TemporaryDirectory() as scratch:
         for peer in options.peers:
             folder = (options.environments or Path(scratch)) / peer
             python = folder / "bin" / "python"
             if not python.exists():
-                try:
-                    environment(folder, PEERS[peer].requirements)
-                except subprocess.CalledProcessError as error:
-                    lines.append(
-                        f"| | | {peer} | not installed: {' '.join(str(error.stderr).split())[-160:]} | | | | |"
-                    )
-                    print(lines[-1], flush=True)
-                    continue
-            for depth in options.depths:
-                for precision in options.precisions:
-                    for line in rows(peer, python, depth, precision, options):
-                        lines.append(line)
-                        print(line, flush=True)
-    write_table("peers", lines)
-
-
-def write_table(name: str, lines: Sequence[str]) -> None:
-    """Into docs/performance.md, in the place of the table of that name."""
-    text, marked = PAGE.read_text(encoding="utf-8"), "\n".join([f"<!-- {name} -->", *lines, "<!-- end -->"])
-    assert f"<!-- {name} -->" in text, f"{PAGE} has no place for the table {name}"
-    text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: marked, text, flags=re.DOTALL)
-    PAGE.write_text(text, encoding="utf-8")
+                environment(folder, PEERS[peer].requirements)
+            for depth, precision in product(options.depths, options.precisions):
+                records = list(measured(peer, python, depth, precision, options))
+                keep(records, peer, depth, precision)
+                print(*list(table(records))[2:], sep="\n", flush=True)
 
 
 if __name__ == "__main__":
