@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -170,7 +171,49 @@ def ngpt_pytorch(s: Shape) -> tuple[nn.Module, Logits]:
     return model, model
 
 
-LIBRARIES = {f.__name__: f for f in (transformers, litgpt, olmo_core, torchtitan, torchscale, ngpt_pytorch)}
+def megatron_core(s: Shape) -> tuple[nn.Module, Logits]:
+    import megatron.core.tensor_parallel.random as random
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    # It asks for the current GPU, and for a GPU's random numbers, of which this model needs none.
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    random.CudaRNGStatesTracker.fork = lambda *_: nullcontext()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    config = TransformerConfig(
+        num_layers=s["n_layers"],
+        hidden_size=s["dim"],
+        num_attention_heads=s["n_heads"],
+        ffn_hidden_size=s["ffn_dim"],
+        use_cpu_initialization=True,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+    )
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=s["vocab_size"],
+        max_sequence_length=s["seq_len"],
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    positions = torch.arange(s["seq_len"])[None].expand(s["rows"], -1)
+    mask = torch.ones(s["seq_len"], s["seq_len"], dtype=torch.bool).triu(1)[None, None]
+    return model, lambda tokens: model(tokens, positions, mask)
+
+
+LIBRARIES = {
+    f.__name__: f for f in (transformers, litgpt, olmo_core, torchtitan, torchscale, ngpt_pytorch, megatron_core)
+}
 
 
 def blocks(model: nn.Module, n_layers: int) -> list[nn.Module]:

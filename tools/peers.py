@@ -61,6 +61,7 @@ PEERS = {
         },
     ),
     "ngpt_pytorch": Peer(("nGPT-pytorch",), {"scheme": {"name": "ngpt"}}),
+    "megatron_core": Peer(("megatron-core==0.16.1",), PRE_LN, ("eager",)),
 }
 
 
