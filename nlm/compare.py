@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -89,6 +90,8 @@ def _require_same(run: Path, what: str, ours: Mapping[Any, Any], theirs: Mapping
 def _in_its_units(name: str, tensors: Mapping[str, Tensor]) -> NDArray[Any]:
     """A parameter or its state; of a second moment the root, which is in the gradient's units and what is used."""
     tensor = tensors[name]
+    if tensor.dtype == torch.bfloat16:  # which numpy has not
+        tensor = tensor.float()
     return (tensor.sqrt() if "exp_avg_sq" in name else tensor).numpy()  # type: ignore[no-any-return]
 
 

@@ -293,7 +293,8 @@ def floor(s: Shape) -> tuple[Step, int]:
     """Nothing but the matrix products and the attention of the same step: what no library does without."""
     tokens, dim, ffn = s["rows"] * s["seq_len"], s["dim"], s["ffn_dim"]
     x = {n: torch.randn(tokens, n) for n in (dim, ffn, s["vocab_size"])}
-    shapes = [*[(dim, dim)] * 4, (dim, ffn), (dim, ffn), (ffn, dim)]
+    inner = 1 if s["model"].get("activation") == "relu" else 2  # a gate is one more
+    shapes = [*[(dim, dim)] * 4, *[(dim, ffn)] * inner, (ffn, dim)]
     weights = [torch.randn(shape) for _ in range(s["n_layers"]) for shape in shapes]
     weights.append(torch.randn(dim, s["vocab_size"]))
     q, k, v = (
