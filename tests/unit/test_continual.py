@@ -47,7 +47,8 @@ def state(engine: Engine) -> dict[str, Array]:
     found = {}
     for h, own in zip(engine.pieces.held, engine.optimizer.state, strict=True):
         found[h.name] = h.tensor.numpy()
-        found |= {f"{h.name}.{field}": tensor.numpy() for field, tensor in own.items()}
+        half = torch.bfloat16  # which numpy has not
+        found |= {f"{h.name}.{field}": (t.float() if t.dtype == half else t).numpy() for field, t in own.items()}
     return found
 
 
