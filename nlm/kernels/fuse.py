@@ -87,7 +87,8 @@ def _replace(graph: Graph, node: Any, kernel: Any, *arguments: Any) -> None:
 
 def _residual(graph: Graph, node: Any) -> None:
     """x + f or α x + f, where a norm makes f or reads the sum, or both."""
-    if not _is(node, operator.add, operator.iadd) or len({_shape(node), *map(_shape, node.args)}) > 1:
+    shape = _shape(node)
+    if not _is(node, operator.add, operator.iadd) or len(shape) != 3 or any(_shape(a) != shape for a in node.args):
         return
     x, f = node.args
     if _norm(x) and not _norm(f):
@@ -100,7 +101,7 @@ def _residual(graph: Graph, node: Any) -> None:
     second, first = _norm(normed), _norm(f) if len(f.users) == 1 else None
     if first and second and first[4] != second[4]:
         first = None
-    if not (first or second) or len(_shape(node)) != 3:
+    if not (first or second):
         return
     kind_1, f, gain_1, bias_1, eps = first or ("none", f, None, None, 0.0)
     kind_2, _, gain_2, bias_2, eps = second or ("none", None, None, None, eps)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import GraphModule
 
 from nlm import build_model
 from nlm.build import build_engine
@@ -19,6 +21,7 @@ pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
 from nlm.kernels import residual, rotary, sphere
 from nlm.kernels.check import REFERENCES, TOLERANCES, Like, check, differences
+from nlm.kernels.fuse import fuse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MakeConfig = Callable[..., Config]
@@ -117,6 +120,23 @@ def test_a_block_finds_them_and_computes_the_same(
     assert (gradients("fp32", compiled=True) - exact).norm() < 1e-5 * exact.norm()
     assert (gradients("bf16", compiled=True) - exact).norm() < 1.5 * (rounded - exact).norm()
     assert said == 2 * ["kernels in a block: " + ", ".join(f"{n} x {name}" for name, n in expected.items())]
+
+
+def test_other_sums_are_left_alone() -> None:
+    """Of numbers, of a vector that is added to all rows, and beside no norm."""
+    found: list[dict[str, int]] = []
+
+    def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        found.append(fuse(graph.graph))
+        return graph.forward
+
+    def sums(x: Tensor, bias: Tensor, number: Tensor) -> Tensor:
+        return F.rms_norm(x + bias, (8,), None, 1e-5) + (number + 1) + x.flip(0)
+
+    torch._dynamo.reset()
+    given = torch.randn(2, 3, 8, device=DEVICE), torch.randn(8, device=DEVICE), torch.ones((), device=DEVICE)
+    torch.testing.assert_close(torch.compile(sums, backend=backend, fullgraph=True)(*given), sums(*given))
+    assert found == [{}]
 
 
 def test_a_wrong_kernel_stops_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
