@@ -25,9 +25,14 @@ def mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def words(keys: Tensor, number: Tensor) -> Tensor:
+    """Keys and numbers, int64, broadcast -> int64 in [0, 2³²), others for every number."""
+    return mixed(keys + mixed(number))
+
+
 def uniform(keys: Tensor, number: Tensor) -> Tensor:
-    """Keys and numbers, broadcast -> float64 in [0, 1), others for every number."""
-    return mixed(keys + mixed(number)).double() / (WORD + 1)
+    """Likewise -> float64 in [0, 1)."""
+    return words(keys, number).double() / (WORD + 1)
 
 
 def normal(keys: Tensor, number: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -41,7 +41,7 @@ class Goal:
 
     model: dict[str, Any]
     rows: int
-    keys: dict[str, dict[str, Any]]
+    keys: dict[str, dict[str, Any]] = field(default_factory=dict)
     least_mfu: float | None = None
     beside: str | None = None
     largest_ratio: float | None = None
@@ -49,7 +49,7 @@ class Goal:
 
 
 def dense(scheme: str, **more: Any) -> Goal:
-    return Goal(DENSE | {"scheme": {"name": scheme}}, 16, {}, **more)
+    return Goal(DENSE | {"scheme": {"name": scheme}}, 16, **more)
 
 
 TRITON = {"parallel": {"kernels": "triton"}}
@@ -63,10 +63,8 @@ GOALS = {
         "pre_ln", beside="1.4B, pre_ln", largest_ratio=1.01, record_every=10
     ),
     **{
-        f"1.4B, {scheme}, kernels = triton": Goal(
-            DENSE | {"scheme": {"name": scheme}}, 16, TRITON, beside=f"1.4B, {scheme}", largest_ratio=1.0
-        )
-        for scheme in ("pre_ln", "ngpt", "deepnorm", "peri_ln")
+        f"1.4B, {s}, kernels = triton": dense(s, keys=TRITON, beside=f"1.4B, {s}", largest_ratio=1.0)
+        for s in ("pre_ln", "ngpt", "deepnorm", "peri_ln")
     },
     "1,000 layers, D=1024, pre_ln": Goal(
         DEEP | {"scheme": {"name": "pre_ln"}},

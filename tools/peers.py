@@ -66,13 +66,13 @@ PEERS = {
 
 
 def environment(folder: Path, requirements: Sequence[str]) -> Path:
-    """-> its Python. Errors: subprocess.CalledProcessError with what pip said."""
+    """-> its Python. Errors: subprocess.CalledProcessError, after what pip says."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
     constraint = folder / "constraints.txt"
     constraint.write_text(TORCH + "\n")
     for wanted in ([TORCH], ["--constraint", constraint, "numpy", "setuptools<81", *requirements]):
-        subprocess.run([*pip, *wanted], check=True, text=True, stderr=subprocess.PIPE)
+        subprocess.run([*pip, *wanted], check=True)
     return folder / "bin" / "python"
 
 
@@ -165,9 +165,8 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
     """Each peer at its fastest and at its leanest against nlm at its own, in the race that both were in."""
     yield "| layers | precision | peer | nlm's speed / its | goal | the floor's / its | nlm's memory / its | goal |"
     yield "|---|---|---|---|---|---|---|---|"
-    races = {(r["layers"], r["precision"], r["peer"]): None for r in records}
-    for depth, precision, peer in sorted(races):
-        ran = [r for r in records if (r["layers"], r["precision"], r["peer"]) == (depth, precision, peer)]
+    for depth, precision, peer in sorted(set(map(race_of, records))):
+        ran = [r for r in records if race_of(r) == (depth, precision, peer)]
 
         def of(name: str, key: str, best: Callable[..., float], ran: Sequence[Record] = ran) -> float:
             return best((r[key] for r in ran if r["name"] == name and key in r), default=float("nan"))
@@ -194,11 +193,15 @@ def write_table(name: str, lines: Iterable[str]) -> None:
     PAGE.write_text(text, encoding="utf-8")
 
 
-def keep(records: Sequence[Record], peer: str, depth: int, precision: str) -> None:
+def race_of(record: Record) -> tuple[int, str, str]:
+    return record["layers"], record["precision"], record["peer"]
+
+
+def keep(records: Sequence[Record]) -> None:
     """In the place of what there was of the same race; the tables are made anew."""
-    races = {(r["layers"], r["precision"], r["peer"]) for r in records} | {(depth, precision, peer)}
+    races = set(map(race_of, records))
     old: list[Record] = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else []
-    found = [r for r in old if (r["layers"], r["precision"], r["peer"]) not in races] + list(records)
+    found = [r for r in old if race_of(r) not in races] + list(records)
     order = list(PEERS)
     found.sort(key=lambda r: (r["layers"], r["precision"], order.index(r["peer"])))
     RECORDS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -224,7 +227,7 @@ def main() -> None:
                 environment(folder, PEERS[peer].requirements)
             for depth, precision in product(options.depths, options.precisions):
                 records = list(measured(peer, python, depth, precision, options))
-                keep(records, peer, depth, precision)
+                keep(records)
                 print(*list(table(records))[2:], sep="\n", flush=True)
 
 

@@ -13,7 +13,7 @@ from nlm.config import Betas, OptimConfig
 from nlm.model import Held
 from nlm.optim.base import Optimizer, Tensors
 from nlm.parallel.pieces import Pieces
-from nlm.random import hashed, mixed
+from nlm.random import hashed, words
 
 DROPPED = 1 << 16
 """The bits of a float32 that bfloat16 has not, as a number: what is added at random before they are cut off."""
@@ -59,5 +59,5 @@ def rounded(x: Tensor, keys: Tensor, number: Tensor) -> Tensor:
     """x -> bfloat16, the neighbour above or below, each with the probability that makes x the mean; keys int64 of x's
     shape, another draw for every number []."""
     bits = x.float().view(torch.int32)
-    bits = bits + (mixed(keys + mixed(number.long())) % DROPPED).int()
+    bits = bits + (words(keys, number.long()) % DROPPED).int()
     return (bits & -DROPPED).view(torch.float32).bfloat16()
