@@ -292,6 +292,7 @@ def nlm(s: Shape) -> tuple[Step, int]:
 def floor(s: Shape) -> tuple[Step, int]:
     """Nothing but the matrix products and the attention of the same step: what no library does without."""
     tokens, dim, ffn = s["rows"] * s["seq_len"], s["dim"], s["ffn_dim"]
+    torch.set_default_dtype(torch.bfloat16 if s["precision"] == "bf16" else torch.float32)
     x = {n: torch.randn(tokens, n) for n in (dim, ffn, s["vocab_size"])}
     inner = 1 if s["model"].get("activation") == "relu" else 2  # a gate is one more
     shapes = [*[(dim, dim)] * 4, *[(dim, ffn)] * inner, (ffn, dim)]
