@@ -74,16 +74,16 @@ def table(weights: Sequence[Tensor], ms: Sequence[Tensor], vs: Sequence[Tensor],
     for i, (w, axis) in enumerate(zip(weights, axes, strict=True)):
         assert w.is_contiguous() and ms[i].is_contiguous() and vs[i].is_contiguous()
         shape = (1, w.numel()) if axis is None else tuple(w.shape)
-        tile = tile_of(shape, axis or 0)
-        aligned = shape[1] % ALIGNMENT == 0 and all(address % ALIGNMENT == 0 for address in addresses[i])
-        across = 1 - (axis or 0)
-        tiles = triton.cdiv(shape[across], tile[across]) if w.numel() else 0
-        kinds[*tile, axis or 0, axis is not None, aligned].append((i, tiles))
         shapes.append(shape)
+        if w.numel():
+            tile, across = tile_of(shape, axis or 0), 1 - (axis or 0)
+            aligned = shape[1] % ALIGNMENT == 0 and all(address % ALIGNMENT == 0 for address in addresses[i])
+            kind = (*tile, axis or 0, axis is not None, aligned)
+            kinds[kind].append((i, triton.cdiv(shape[across], tile[across])))
     return Table(
         torch.tensor(addresses, device=device),
         torch.tensor(shapes, device=device),
-        tuple(Launch(_tiles(of).to(device), *kind) for kind, of in kinds.items() if any(n for _, n in of)),
+        tuple(Launch(_tiles(of).to(device), *kind) for kind, of in kinds.items()),
     )
 
 
@@ -117,11 +117,10 @@ def update(
     addresses = [g.data_ptr() for g in gradients]
     aligned = all(address % ALIGNMENT == 0 for address in addresses)
     places = torch.tensor(addresses, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    # The corrections of both means, multiplied into rate and eps.
+    # The corrections of both means go into rate and eps.
     root = (1 - betas[1] ** t).sqrt()
-    numbers = torch.stack([rates * root / (1 - betas[0] ** t), rates * decays, (eps * root).expand_as(rates)], 1).to(
-        dtype
-    )
+    each = rates * root / (1 - betas[0] ** t), rates * decays, (eps * root).expand_as(rates)
+    numbers = torch.stack(each, 1).to(dtype)
     for launch in tensors.launches:
         _update[(len(launch.tiles),)](
             tensors.addresses, places, tensors.shapes, numbers, launch.tiles, left_out, *betas,

@@ -99,8 +99,8 @@ def adamw_differences(
     betas: tuple[float, float],
     eps: float,
 ) -> Iterator[tuple[str, torch.dtype, float]]:
-    """As `differences`, of an update of tensors of these shapes, projected along their axes; a norm counts as at least 1,
-    since one number alone may become small."""
+    """As `differences`, of an update of tensors of these shapes, projected along their axes. A norm counts as at least
+    1, since a number alone may become small."""
     generator = torch.Generator().manual_seed(0)
     given = [[torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)] for shape, _ in shapes]
     for of in given:
@@ -109,8 +109,8 @@ def adamw_differences(
     rates, decays = torch.rand(2, len(shapes), generator=generator, dtype=torch.float64).to(device)
     t = torch.full((), 3.0, dtype=torch.float64, device=device)
     exact = [
-        adamw.reference(*(tensor.double() for tensor in of), rate, decay, t, betas, eps, axis)
-        for of, rate, decay, axis in zip(given, rates.tolist(), decays.tolist(), axes, strict=True)
+        adamw.reference(w.double(), g.double(), m.double(), v.double(), rate, decay, t, betas, eps, axis)
+        for (w, g, m, v), rate, decay, axis in zip(given, rates.tolist(), decays.tolist(), axes, strict=True)
     ]
     weights, gradients, ms, vs = zip(*given, strict=True)
     left_out = torch.zeros_like(t, dtype=torch.bool)

@@ -62,5 +62,7 @@ def make_optimizer(
         make = TritonAdamW
     optimizer = make(pieces, config, **config.fields)
     if chosen and say:
-        say(f"kernels in the update: adamw of {len(pieces.held)} tensors, {len(optimizer.projected)} projected by it")
+        say(
+            f"kernels in the update: adamw of {len(pieces.held)} tensors, {len(optimizer.already_unit)} projected by it"
+        )
     return optimizer

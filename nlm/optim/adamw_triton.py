@@ -23,7 +23,7 @@ class TritonAdamW(Optimizer):
         self.betas, self.eps = betas, eps
         # Continual backprop changes weights between update and projection.
         axes = [None if config.continual_backprop else whole_axis(pieces, h) for h in pieces.held]
-        self.projected = frozenset(i for i, axis in enumerate(axes) if axis is not None)
+        self.already_unit = frozenset(i for i, axis in enumerate(axes) if axis is not None)
         check_adamw(self.weights, axes, betas, eps)
         self.table = table(self.weights, self.keep("exp_avg"), self.keep("exp_avg_sq"), axes)
         self.multipliers, self.decays = (

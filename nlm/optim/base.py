@@ -27,8 +27,8 @@ class Optimizer(ABC):
 
     copies: tuple[str, ...] = ()
     fused = False  # whether an update is one kernel
-    projected: frozenset[int] = frozenset()
-    """The pieces whose slices an update leaves at norm 1 where the scheme wants that."""
+    already_unit: frozenset[int] = frozenset()
+    """Numbers of the pieces that an update itself projects."""
 
     def __init__(self, pieces: Pieces, config: OptimConfig) -> None:
         self.pieces, self.weights = pieces, pieces.tensors

@@ -41,7 +41,7 @@ class Engine(ABC):
         self.optimizer = make_optimizer(pieces, config.optim, config.parallel.kernels, say)
         continual = config.optim.continual_backprop
         self._continual = continual and ContinualBackprop(continual, self.optimizer, models, whole, config.train.seed)
-        self._project = projection(pieces, self.optimizer.projected)
+        self._project = projection(pieces, self.optimizer.already_unit)
         self._weight_norms = WeightNormUpdate(pieces, models)
         self._running = RunningStatistics(pieces, models, whole, config.train.batch_tokens)
         self.microbatches = config.parallel.microbatches
