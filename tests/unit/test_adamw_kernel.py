@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,11 @@ def eager() -> Iterator[None]:
         yield
 
 
-def apart(shape: tuple[int, ...], tensor: Tensor) -> Tensor:
-    """The same numbers, not in one piece of memory."""
-    return torch.stack([tensor, tensor], -1)[..., 0] if len(shape) == 2 else tensor
+def elsewhere(tensor: Tensor) -> Tensor:
+    """The same numbers: of a matrix in every other place of memory, of a vector from an odd address on."""
+    if tensor.dim() == 2:
+        return torch.stack([tensor, tensor], -1)[..., 0]
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
@@ -82,7 +85,7 @@ def test_it_is_torchs_and_the_projection(
     for step in range(3):
         left_out = torch.tensor(step == 1, device=DEVICE)
         gradients = [normal(shape) * (NAN if left_out else 1) for shape, _ in cases]
-        given = gradients if step < 2 else [apart(g.shape, g) for g in gradients]
+        given = gradients if step < 2 else [elsewhere(g) for g in gradients]
         t += ~left_out
         adamw.update(table, given, rates, decays, t, BETAS, EPS, left_out)
         if not left_out:
@@ -135,6 +138,10 @@ def test_an_engine_with_it_computes_the_same(
             assert (mine - other).norm() <= 1e-12 * other.norm(), h.name
         if (axis := plain.pieces.scheme.unit_axis(h.weight)) is not None:
             assert (w.norm(dim=axis) - 1).abs().max() < 1e-12, h.name
+            w *= 2
+    doubled = [w.clone() for w in ours.pieces.tensors]
+    ours._project(None)
+    assert all(map(torch.equal, doubled, ours.pieces.tensors)), "projected once more"
 
 
 def test_a_run_goes_on_with_it(run_config: MakeConfig, eager: None) -> None:
@@ -176,6 +183,24 @@ def test_it_is_left_to_torch_where_it_cannot_run(make_config: MakeConfig) -> Non
     engine.pieces.mesh.device = torch.device("meta")
     assert type(make_optimizer(engine.pieces, config.optim, "triton")) is AdamW
     assert update_cost(config, 1) == update_cost(make_config(), 1)
+
+
+@pytest.mark.parametrize(
+    "shape, axis, first, aligned",
+    [
+        ((16, 16), 0, 0, True),
+        ((16, 16), 0, 1, False),
+        ((16, 15), 1, 0, False),
+        ((16, 15), None, 0, True),
+        ((7,), None, 0, False),
+    ],
+)
+def test_vectors_are_read_where_all_begins_at_multiples_of_them(
+    shape: tuple[int, ...], axis: int | None, first: int, aligned: bool
+) -> None:
+    w = torch.zeros(300, device=DEVICE)[first:][: prod(shape)].view(shape)
+    (launch,) = adamw.table([w], [torch.zeros_like(w)], [torch.zeros_like(w)], [axis]).launches
+    assert launch.aligned == aligned
 
 
 def test_a_wrong_one_stops_the_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
