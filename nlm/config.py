@@ -223,7 +223,7 @@ class ParallelConfig(Section):
     `memory_gib` on a rank, by default nine tenths of a GPU's.
 
     `compile` makes one graph of a block, in which `kernels` says whose kernels compute residuals, norms and rotary
-    positions: Inductor's own, or nlm's in Triton (nlm.kernels).
+    positions: Inductor's own, or nlm's in Triton (nlm.kernels), which then has the update of AdamW too.
 
     `loss_rows`: of how many positions of a microbatch there are logits at a time (by default as many as take the memory
     of its stream; always of all under zero = 3, "zbv" and "dualpipev").

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from nlm.batch import Batch
 from nlm.build import build_engine, parse_config
 from nlm.environment import device_name
+from nlm.init import to_unit
 from nlm.mesh import Mesh
 from nlm.metrics import Efficiency
 from nlm.runtime import collected_by_hand, peak_memory_gib, pick_device
@@ -155,22 +157,55 @@ def kernels(tiny: bool) -> Iterator[str]:
         "rotary": (ops.rotary.default, (q, table, table, None, None, None, None, False, torch.bfloat16)),
         "rotary, unit, scale": (ops.rotary.default, (q, table, table, None, scale, None, 1e-12, False, torch.float32)),
     }
+
+    def once(function: Callable[..., Any], given: tuple[Any, ...]) -> None:
+        found = function(*given)
+        outputs = [y for y in (found if isinstance(found, tuple) else (found,)) if y.numel()]
+        leaves = [a for a in given if isinstance(a, Tensor) and a.requires_grad]
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+
     for name, (kernel, given) in cases.items():
-        times = {}
-        for how, function in (("triton", kernel), ("inductor", torch.compile(REFERENCES[kernel], dynamic=False))):
+        compiled = torch.compile(REFERENCES[kernel], dynamic=False)
+        yield beside(name, partial(once, kernel, given), partial(once, compiled, given), "Inductor's", 1.2, tiny)
 
-            def once(function: Callable[..., Any] = function, given: tuple[Any, ...] = given) -> None:
-                found = function(*given)
-                outputs = [y for y in (found if isinstance(found, tuple) else (found,)) if y.numel()]
-                leaves = [a for a in given if isinstance(a, Tensor) and a.requires_grad]
-                torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
 
-            timed(once, 3, device)
-            times[how] = statistics.median(timed(once, 2 if tiny else 50, device) for _ in range(3))
-        ratio = times["inductor"] / times["triton"]
-        met = "met" if ratio >= 1.2 else "**missed**: to be deleted"
-        took = f"{times['triton'] * 1e6:,.0f} µs"
-        yield f"| kernel: {name} | {took} | | | {ratio:.2f} times as fast as Inductor's, goal 1.2: {met} |"
+def updates(tiny: bool) -> Iterator[str]:
+    """The kernel of AdamW against torch's and the projection after it."""
+    from nlm.kernels.adamw import table, update
+
+    def torchs(optimizer: torch.optim.AdamW, projected: list[tuple[Tensor, int]], left_out: Tensor) -> None:
+        optimizer.step()
+        for weight, axis in projected:
+            to_unit(weight, axis, left_out)
+
+    device, shape, n = pick_device(), (48, 32) if tiny else (5632, 2048), 2 if tiny else 16
+    for name, axes, goal in (("AdamW", (None, None), 1.0), ("AdamW, projected", (1, 0), 1.2)):
+        weights, gradients, ms, vs = (
+            [torch.randn(of, device=device) for of in (shape, shape[::-1]) * n] for _ in range(4)
+        )
+        left_out = torch.zeros((), dtype=torch.bool, device=device)
+        rates, t = (torch.full(size, x, dtype=torch.float64, device=device) for size, x in (((2 * n,), 1e-4), ((), 9)))
+        optimizer = torch.optim.AdamW(weights, lr=1e-4, betas=(0.9, 0.95), fused=True)
+        optimizer.found_inf = left_out.float()  # type: ignore[attr-defined]
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+
+        made = table(weights, [m.zero_() for m in ms], [v.zero_() for v in vs], axes * n)
+        ours = partial(update, made, gradients, rates, rates, t, (0.9, 0.95), 1e-8, left_out)
+        projected = [(weight, axis) for weight, axis in zip(weights, axes * n, strict=True) if axis is not None]
+        yield beside(name, ours, partial(torchs, optimizer, projected, left_out), "torch's", goal, tiny)
+
+
+def beside(name: str, ours: Callable[[], None], theirs: Callable[[], None], whose: str, goal: float, tiny: bool) -> str:
+    """A line of the table. A kernel that misses its goal is to be deleted."""
+    device, times = pick_device(), []
+    for once in (ours, theirs):
+        timed(once, 3, device)
+        times.append(statistics.median(timed(once, 2 if tiny else 50, device) for _ in range(3)))
+    ratio = times[1] / times[0]
+    met = "met" if ratio >= goal else "**missed**: to be deleted"
+    took = f"{times[0] * 1e6:,.0f} µs"
+    return f"| kernel: {name} | {took} | | | {ratio:.2f} times as fast as {whose}, goal {goal}: {met} |"
 
 
 def table(tiny: bool, rounds: int, steps: int) -> Iterator[str]:
@@ -178,6 +213,7 @@ def table(tiny: bool, rounds: int, steps: int) -> Iterator[str]:
     yield f"| {device_name(device)} | step | MFU | peak GiB | goal |"
     yield "|---|---|---|---|---|"
     yield from kernels(tiny)
+    yield from updates(tiny)
     turns: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(rounds):
         for name in GOALS:

@@ -8,9 +8,11 @@
 | activations and gates, DyT, ELN, head scales | torch | Inductor | Inductor |
 | attention | torch's scaled dot product | the same | the same |
 | logits and cross-entropy | rows.py | rows.py | rows.py |
-| AdamW | torch's fused, of many tensors | the same | the same |
+| AdamW | torch's fused, of many tensors | the same | adamw.py |
+| projection to norm 1 after it | torch | the same | adamw.py, of what a rank has whole slices of |
 
 No operation of one element each is written by hand: Inductor makes one kernel of any chain of them. The Triton kernels
-are put into the graph of a block by fuse.py, which finds them by what is computed there, and compared with their
-references on the shapes of the run before it starts (check.py).
+are put into the graph of a block by fuse.py, which finds them by what is computed there; the optimizer's is chosen
+where optimizers are made (nlm.optim). All are compared with their references on the shapes of the run before it starts
+(check.py).
 """

@@ -1,5 +1,7 @@
 """Training the weights: optimizers, gradient processing, learning-rate schedules, projection."""
 
+from collections.abc import Callable
+
 from nlm.config import OptimConfig
 from nlm.optim.adafactor import Adafactor
 from nlm.optim.adamp import SGDP, AdamP
@@ -47,5 +49,20 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 """Keyword-only arguments are the fields of [optim] that are an optimizer's own."""
 
 
-def make_optimizer(pieces: Pieces, config: OptimConfig) -> Optimizer:
-    return OPTIMIZERS[config.name](pieces, config, **config.fields)
+def make_optimizer(
+    pieces: Pieces, config: OptimConfig, kernels: str = "inductor", say: Callable[[str], None] | None = None
+) -> Optimizer:
+    """With `kernels`, a value of parallel.kernels, of which `say` hears where they went."""
+    make = OPTIMIZERS[config.name]
+    # Pieces that are offloaded lie elsewhere than where kernels run.
+    chosen = kernels == "triton" and make is AdamW and pieces.tensors[0].device == pieces.mesh.device
+    if chosen:
+        from nlm.optim.adamw_triton import TritonAdamW  # Triton is imported only where it is chosen
+
+        make = TritonAdamW
+    optimizer = make(pieces, config, **config.fields)
+    if chosen and say:
+        say(
+            f"kernels in the update: adamw of {len(pieces.held)} tensors, {len(optimizer.already_unit)} projected by it"
+        )
+    return optimizer

@@ -27,6 +27,8 @@ class Optimizer(ABC):
 
     copies: tuple[str, ...] = ()
     fused = False  # whether an update is one kernel
+    already_unit: frozenset[int] = frozenset()
+    """Numbers of the pieces that an update itself projects."""
 
     def __init__(self, pieces: Pieces, config: OptimConfig) -> None:
         self.pieces, self.weights = pieces, pieces.tensors

@@ -37,10 +37,11 @@ class Engine(ABC):
         self, config: Config, mesh: Mesh, models: Sequence[Transformer], pieces: Pieces, whole: Transformer
     ) -> None:
         self.config, self.mesh, self.models, self.pieces, self.whole = config, mesh, models, pieces, whole
-        self.optimizer = make_optimizer(pieces, config.optim)
+        say = print if mesh.speaks else None
+        self.optimizer = make_optimizer(pieces, config.optim, config.parallel.kernels, say)
         continual = config.optim.continual_backprop
         self._continual = continual and ContinualBackprop(continual, self.optimizer, models, whole, config.train.seed)
-        self._project = projection(pieces)
+        self._project = projection(pieces, self.optimizer.already_unit)
         self._weight_norms = WeightNormUpdate(pieces, models)
         self._running = RunningStatistics(pieces, models, whole, config.train.batch_tokens)
         self.microbatches = config.parallel.microbatches

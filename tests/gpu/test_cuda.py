@@ -32,12 +32,14 @@ def test_logits_and_gradients_are_those_of_the_cpu(scheme: str, run_config: RunC
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_update_is_that_of_the_cpu_and_waits_for_nothing(name: str, make_config: RunConfig) -> None:
+@pytest.mark.parametrize(("name", "kernels"), [*((name, "inductor") for name in OPTIMIZERS), ("adamw", "triton")])
+def test_an_update_is_that_of_the_cpu_and_waits_for_nothing(name: str, kernels: str, make_config: RunConfig) -> None:
     own = {"free_steps": 1} if name == "lawn" else {}
-    config = make_config(optim={"name": name, "agc": 0.1, "centralize": True} | own, train={"precision": "fp64"})
+    optim, scheme = {"name": name, "agc": 0.1, "centralize": True} | own, "ngpt" if kernels == "triton" else "pre_ln"
     results = []
     for device in map(torch.device, ("cpu", "cuda")):
+        parallel = {"compile": True, "kernels": kernels if device.type == "cuda" else "inductor"}
+        config = make_config({"scheme": {"name": scheme}}, optim=optim, train={"precision": "fp64"}, parallel=parallel)
         engine, generator = build_engine(config, Mesh(device=device)), torch.Generator().manual_seed(0)
         for _ in range(3):
             for h in engine.pieces.held:

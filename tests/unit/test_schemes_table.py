@@ -52,5 +52,7 @@ def test_what_is_measured_anew_is_what_stands_there(part: str, tmp_path: Path) -
         words = zip(there.split(), here.split(), strict=True)
         numbers = [(a, b) for a, b in words if a != b]
         assert all(float(a) == pytest.approx(float(b), rel=0.02) for a, b in numbers)
+    elif part == "bf16":  # how its roundings add up in 8 steps differs between processors: within one of them
+        assert float(here) <= 2**-8
     else:
         assert float(here) <= 10 * float(there) + 1e-12
