@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nlm.build import design, loss_rows
 from nlm.config import Config
 from nlm.data.rank import batch_of
-from nlm.float8 import multiply_in_float8
+from nlm.float8 import multiply_in_float8, refuse_missing_float8
 from nlm.model import Part, Run, Transformer
 from nlm.parallel.deferred import DeferredGradients
 from nlm.parallel.recompute import recompute
@@ -154,6 +154,7 @@ def part_of(config: Config, n_layers: int) -> Transformer:
         model.double()
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
     if config.train.precision == "fp8":
+        refuse_missing_float8("fp8", torch.device("cpu"))
         multiply_in_float8(model, emulate=False)
     model.precision = config.train.precision
     return model
