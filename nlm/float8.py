@@ -1,12 +1,13 @@
 """Products in float8: those of the blocks' matrices, in forward and backward, by torchao's float8 training.
 
 Both factors of a product are rounded to float8 e4m3, each row along the dim that is summed over after a scale that
-brings its largest element near the format's end; the product sums in float32 and gives bfloat16. Scales are powers of
-two. So they do not change to what an element is rounded, unless that is less than 2^-13 of the largest of its row,
-where float8 has no more normal numbers, and it matters little that ranks and microbatches, which have parts of the
-rows, scale them otherwise. But numbers do depend on the layout more than in bfloat16: of elements that differ by a
-rounding of bfloat16 there, some are rounded to neighbours in float8, 16 times as far apart. After five steps of a small
-model losses are 1e-3 apart where in bfloat16 they are 1e-4, and float8's from bfloat16's 4e-3.
+brings its largest element near the format's end; the product sums in float32, in the forward with the GPU's fast
+accumulation, which keeps fewer bits, as torchao's recipe has it, and gives bfloat16. Scales are powers of two. So they
+do not change to what an element is rounded, unless that is less than 2^-13 of the largest of its row, where float8 has
+no more normal numbers, and it matters little that ranks and microbatches, which have parts of the rows, scale them
+otherwise. But numbers do depend on the layout more than in bfloat16: of elements that differ by a rounding of bfloat16
+there, some are rounded to neighbours in float8, 16 times as far apart. After five steps of a small model losses are
+1e-3 apart where in bfloat16 they are 1e-4, and float8's from bfloat16's 4e-3.
 
 Weights, and what the optimizer sees of gradients, stay float32. Embedding, head and scores are as under "bf16".
 """
