@@ -24,6 +24,7 @@ from nlm.config import (
     nearest,
     read_table,
 )
+from nlm.float8 import multiply_in_float8, refuse_missing_float8
 from nlm.init import init
 from nlm.kernels.rows import default_rows
 from nlm.layout import layout_problems, whole_logits
@@ -125,7 +126,9 @@ def _weight_norms(choice: WeightNormChoice | None) -> dict[Role, MakeWeightNorm]
 def build_engine(config: Config, mesh: Mesh) -> Engine:
     """What trains the model in the layout of the config, with this rank's parts of it, initialized."""
     parallel = config.parallel
+    say = print if mesh.speaks else None
     refuse_missing_kernels(parallel, mesh.device)
+    refuse_missing_float8(config.train.precision, mesh.device, say)
     whole = design(config, mesh.tp, data=mesh.data)
     values = calibration(config, config.train.seed)
     if parallel.pp > 1:
@@ -149,6 +152,8 @@ def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str,
     init(model.to_empty(device=mesh.device), config.train.seed, values)
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
     model.loss_rows = loss_rows(config)
+    if config.train.precision == "fp8":
+        multiply_in_float8(model, emulate=mesh.device.type == "cpu")
     recompute(model, config.parallel.recompute)
     if config.parallel.compile:
         compile_model(model, kernels=config.parallel.kernels, say=print if mesh.speaks else None)

@@ -151,8 +151,9 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """`batch_tokens` is the target tokens of one step: rows of `seq_len`, over all microbatches and ranks.
 
-    `precision`: "bf16" takes products in bfloat16 over float32 weights; "fp64" is for proofs. A run ends early, with a
-    checkpoint from which it goes on, after the step `stop_after`, and when it has taken `max_minutes`.
+    `precision`: "bf16" takes products in bfloat16 over float32 weights; "fp8" does too, but those of the blocks'
+    matrices in float8, on GPUs that can; "fp64" is for proofs. A run ends early, with a checkpoint from which it goes
+    on, after the step `stop_after`, and when it has taken `max_minutes`.
 
     `sparse_softmax_k`: the training loss is that of a softmax over the k largest logits only. It is lower than the true
     one, by which validation goes. `masked_share`: of the tokens, those that an encoder is to predict.
@@ -164,7 +165,7 @@ class TrainConfig(Section):
     batch_tokens: PositiveInt
     seq_len: int = Field(ge=2)
     seed: NonNegativeInt = 0
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8", "fp64"] = "fp32"
     sparse_softmax_k: PositiveInt | None = None
     masked_share: float = Field(default=0.15, gt=0, le=1)
 

@@ -21,7 +21,7 @@ from nlm.model import Part
 from nlm.optim import OPTIMIZERS
 from nlm.plan.fake import faked
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp64": torch.float64}
 SEVERAL_OPERATIONS = "single torch operations"
 
 

@@ -13,6 +13,8 @@ def layout_problems(config: Config) -> Iterator[str]:
     yield from _tensor(config)
     yield from _pipeline(config)
     yield from _data(config)
+    if config.train.precision == "fp8":
+        yield from _float8(config)
     if config.parallel.engine == "deepspeed":
         yield from _deepspeed(config)
     yield from _auto(config.parallel)
@@ -85,6 +87,32 @@ def _pipeline(config: Config) -> Iterator[str]:
         yield (
             f"parallel.compile: {parallel.schedule!r} puts weight gradients off, which a compiled backward computes at "
             "once; set compile = false or schedule = '1f1b'"
+        )
+
+
+FLOAT8_MULTIPLE = 16
+"""Of what the sizes of a product in float8 are to be multiples, for GPUs' kernels."""
+
+
+def _float8(config: Config) -> Iterator[str]:
+    parallel, model = config.parallel, config.model
+    sizes = {"dim": (1, model.dim), "ffn_dim": (parallel.tp, model.ffn_dim)}
+    sizes["head_dim"] = (parallel.tp, model.n_kv_heads * model.head_dim)
+    for key, (ranks, size) in sizes.items():
+        if size % (FLOAT8_MULTIPLE * ranks):
+            of = "n_kv_heads · head_dim" if key == "head_dim" else key
+            a_rank = f" · parallel.tp = {FLOAT8_MULTIPLE * ranks}" if ranks > 1 else ""
+            yield f"model.{key}: 'fp8' expects {of} to be a multiple of {FLOAT8_MULTIPLE}{a_rank}, got {size}"
+    tokens = config.batch_rows // parallel.data_ranks // parallel.microbatches * config.train.seq_len
+    if tokens % FLOAT8_MULTIPLE:
+        yield (
+            f"train.seq_len: 'fp8' expects a multiple of {FLOAT8_MULTIPLE} tokens in a microbatch, got {tokens}; set a "
+            f"multiple of {FLOAT8_MULTIPLE}"
+        )
+    if parallel.schedule in V_SCHEDULES:
+        yield (
+            f"train.precision: {parallel.schedule!r} puts off the weight gradients of products that are not in float8; "
+            "set precision = 'bf16' or schedule = '1f1b'"
         )
 
 

@@ -91,9 +91,8 @@ class Linear(nn.Linear):
         pass
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.weight_norm is not None:
-            return F.linear(x, self.weight_norm(self.weight).to(x.dtype), bias)
-        return self.multiply(x, self.weight, bias)
+        weight = self.weight if self.weight_norm is None else self.weight_norm(self.weight).to(x.dtype)
+        return self.multiply(x, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.bias)

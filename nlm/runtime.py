@@ -19,8 +19,9 @@ def pick_device() -> torch.device:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """The context in which a forward runs: bf16 matrix products over fp32 weights, or the weights' own precision."""
-    if precision == "bf16":
+    """The context in which a forward runs: bf16 matrix products over fp32 weights, but for those that nlm.float8 takes
+    over under "fp8", or the weights' own precision."""
+    if precision in ("bf16", "fp8"):
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 

@@ -21,12 +21,13 @@ Factors = tuple[nn.Parameter, Tensor, Tensor]
 
 
 class DeferredGradients:
-    """Takes over the products of a model's linear layers and queues their weight gradients."""
+    """Takes over the products of a model's linear layers, but for those with a weight norm, whose factor is no
+    parameter, and queues their weight gradients."""
 
     def __init__(self, model: nn.Module) -> None:
         self.queue: list[Factors] = []
         for module in model.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear) and module.weight_norm is None:
                 module.multiply = self.multiply
 
     def multiply(self, x: Tensor, weight: nn.Parameter, bias: Tensor | None) -> Tensor:

@@ -32,7 +32,8 @@ class Estimate:
 
 def kernels_s(machine: Machine, rise: Rise, tp: int) -> float:
     """Of kernels, and of what they send to tensor parallel ranks."""
-    computed = rise.flops / machine.peak_flops + rise.moved * _inverse(machine.memory_bandwidth)
+    at_peak = rise.flops + rise.slow_flops  # GPUs that have float8 take bfloat16 at half the rate
+    computed = at_peak / machine.peak_flops + rise.moved * _inverse(machine.memory_bandwidth)
     return max(computed / machine.efficiency, rise.kernels * machine.host_s) + sending_s(machine, rise.sent, tp)
 
 
@@ -65,7 +66,7 @@ def estimate(config: Config, costs: Costs, machine: Machine, flops_a_token: floa
         stack = sum(len(stage.part.layers) for stage in stages_on(config, costs, 0).values())
         away = 2 * parallel.microbatches * stack * stream_bytes(config)
         communication_s += away / machine.host_bandwidth / machine.efficiency
-    update_s = kernels_s(machine, Rise(0, 0, 0, moved, 0, 0), 1)
+    update_s = kernels_s(machine, Rise(0, 0, 0, 0, moved, 0, 0), 1)
     step_s = pipeline_s + communication_s + update_s
     mfu = flops_a_token * config.train.batch_tokens / parallel.ranks / step_s / machine.peak_flops
     return Estimate(step_s, pipeline_s, communication_s, update_s, mfu)
@@ -135,4 +136,4 @@ def _weight_gradients(config: Config, stage: Stage) -> Rise:
     held = [(n, of) for place, n in stage.all.items() if place != "embed" for of in stage.tensors(place)]
     matrices = [(n, shape) for n, of in held for shape in of.shapes if len(shape) == 2]
     products = 2 * rows(config) * config.train.seq_len * sum(n * prod(shape) for n, shape in matrices)
-    return Rise(0, 0, products, 0, sum(n for n, _ in matrices), 0)
+    return Rise(0, 0, products, 0, 0, sum(n for n, _ in matrices), 0)

@@ -7,8 +7,8 @@ from math import inf
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks are dense, without the factor 2 of structured sparsity: "bf16" of the tensor cores, "fp32" of the ordinary
-    ones, since torch takes float32 products in TF32 only where it is told to, and nothing here does.
+    """Peaks are dense, without the factor 2 of structured sparsity: "fp8" and "bf16" of the tensor cores, "fp32" of the
+    ordinary ones, since torch takes float32 products in TF32 only where it is told to, and nothing here does.
 
     `device_name` is what torch.cuda.get_device_name() calls it. Bandwidths are in bytes/s, NVLink's in one direction,
     half of what data sheets say, which count both.
@@ -24,18 +24,18 @@ class Gpu:
 # NVIDIA counts memory in GiB and writes GB; of it about 1 GiB is not to be had, for the driver and error correction.
 # H100 and H100 NVL: H100 Tensor Core GPU Datasheet (2024). H100 PCIe: H100 Tensor Core GPU Datasheet (2022). H200: H200
 # Tensor Core GPU Datasheet (2024). A100: A100 Tensor Core GPU Datasheet (2021; of 40 GB, 2020). B200: HGX B200 in the
-# Blackwell datasheet (2025), an eighth of its eight GPUs. All but A100's have bf16 with sparsity only: half of that.
+# Blackwell datasheet (2025), an eighth of its eight GPUs. All but A100's have bf16 and fp8 with sparsity only: half.
 GPUS = {
-    "H100": Gpu("NVIDIA H100 80GB HBM3", {"bf16": 989.5e12, "fp32": 67e12}, 79, 3.35e12, 450e9),
-    "H100-PCIe": Gpu("NVIDIA H100 PCIe", {"bf16": 756.5e12, "fp32": 51e12}, 79, 2.0e12, 300e9),
-    "H100-NVL": Gpu("NVIDIA H100 NVL", {"bf16": 835.5e12, "fp32": 60e12}, 93, 3.9e12, 300e9),
-    "H200": Gpu("NVIDIA H200", {"bf16": 989.5e12, "fp32": 67e12}, 139, 4.8e12, 450e9),
-    "H200-NVL": Gpu("NVIDIA H200 NVL", {"bf16": 835.5e12, "fp32": 60e12}, 139, 4.8e12, 450e9),
+    "H100": Gpu("NVIDIA H100 80GB HBM3", {"fp8": 1979e12, "bf16": 989.5e12, "fp32": 67e12}, 79, 3.35e12, 450e9),
+    "H100-PCIe": Gpu("NVIDIA H100 PCIe", {"fp8": 1513e12, "bf16": 756.5e12, "fp32": 51e12}, 79, 2.0e12, 300e9),
+    "H100-NVL": Gpu("NVIDIA H100 NVL", {"fp8": 1670.5e12, "bf16": 835.5e12, "fp32": 60e12}, 93, 3.9e12, 300e9),
+    "H200": Gpu("NVIDIA H200", {"fp8": 1979e12, "bf16": 989.5e12, "fp32": 67e12}, 139, 4.8e12, 450e9),
+    "H200-NVL": Gpu("NVIDIA H200 NVL", {"fp8": 1670.5e12, "bf16": 835.5e12, "fp32": 60e12}, 139, 4.8e12, 450e9),
     "A100": Gpu("NVIDIA A100-SXM4-80GB", {"bf16": 312e12, "fp32": 19.5e12}, 79, 2.039e12, 300e9),
     "A100-40": Gpu("NVIDIA A100-SXM4-40GB", {"bf16": 312e12, "fp32": 19.5e12}, 39, 1.555e12, 300e9),
     "A100-PCIe": Gpu("NVIDIA A100 80GB PCIe", {"bf16": 312e12, "fp32": 19.5e12}, 79, 1.935e12, 300e9),
     "A100-PCIe-40": Gpu("NVIDIA A100-PCIE-40GB", {"bf16": 312e12, "fp32": 19.5e12}, 39, 1.555e12, 300e9),
-    "B200": Gpu("NVIDIA B200", {"bf16": 2250e12, "fp32": 75e12}, 178, 8.0e12, 900e9),
+    "B200": Gpu("NVIDIA B200", {"fp8": 4500e12, "bf16": 2250e12, "fp32": 75e12}, 178, 8.0e12, 900e9),
 }
 
 

@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -23,14 +23,15 @@ counts as the GPU's does: in full, causal or not, and in the backward with the s
 class Ledger(TorchDispatchMode):
     """Bytes of all storages that were made inside and are still there: `now`, and the `peak` since it was last read.
 
-    Beside, all so far: `flops` of products; `moved`, the bytes that other kernels read and wrote; `kernels`, of any
-    kind; `sent`, the bytes that this rank sends in collectives over `ranks`, as a ring does. What a kernel takes and
-    gives back within one call is not seen.
+    Beside, all so far: `flops` of products, and `slow_flops`, of them those that are not in float8 though others are;
+    `moved`, the bytes that other kernels read and wrote; `kernels`, of any kind; `sent`, the bytes that this rank sends
+    in collectives over `ranks`, as a ring does. What a kernel takes and gives back within one call is not seen.
     """
 
-    def __init__(self, ranks: int = 1) -> None:
+    def __init__(self, ranks: int = 1, float8: bool = False) -> None:
         super().__init__()
-        self.now = self.peak = self.flops = self.moved = self.kernels = 0
+        self.float8 = float8
+        self.now = self.peak = self.flops = self.slow_flops = self.moved = self.kernels = 0
         self.sent = 0.0
         others = (ranks - 1) / ranks
         self._sends = {
@@ -48,13 +49,16 @@ class Ledger(TorchDispatchMode):
             return result
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         for tensor in made:
-            self._see(tensor.untyped_storage())
+            if not is_traceable_wrapper_subclass(tensor):  # torchao's of float8, whose own tensors have been seen
+                self._see(tensor.untyped_storage())
         if function.namespace == "_c10d_functional":
             self.sent += self._sends.get(function._opname, 0) * _bytes(args[:1])
         elif not _is_view(function):
             self.kernels += 1
             if function.overloadpacket in FLOPS:
-                self.flops += FLOPS[function.overloadpacket](*args, **(kwargs or {}), out_val=result)
+                flops = FLOPS[function.overloadpacket](*args, **(kwargs or {}), out_val=result)
+                self.flops += flops
+                self.slow_flops += flops if self.float8 and not is_traceable_wrapper_subclass(args[0]) else 0
             else:
                 self.moved += _bytes((args, made))
         return result

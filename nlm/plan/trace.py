@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nlm.build import design, loss_rows
 from nlm.config import Config
 from nlm.data.rank import batch_of
+from nlm.float8 import multiply_in_float8, refuse_missing_float8
 from nlm.model import Part, Run, Transformer
 from nlm.parallel.deferred import DeferredGradients
 from nlm.parallel.recompute import recompute
@@ -33,6 +34,7 @@ class Rise(NamedTuple):
     net: float
     peak: float
     flops: float
+    slow_flops: float
     moved: float
     kernels: float
     sent: float
@@ -80,7 +82,7 @@ def trace(config: Config, rows: int, mode: str, deferred: bool = False) -> Trace
     that put them off."""
     layers = Layers(config)
     model = part_of(config, layers.traced)
-    with FakeTensorMode(), Ledger(model.tp.size) as ledger:
+    with FakeTensorMode(), Ledger(model.tp.size, config.train.precision == "fp8") as ledger:
         faked(model).loss_rows = loss_rows(config, rows)
         recompute(model, mode)
         take = DeferredGradients(model).take if deferred else lambda: lambda: None
@@ -151,6 +153,9 @@ def part_of(config: Config, n_layers: int) -> Transformer:
     if config.train.precision == "fp64":
         model.double()
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
+    if config.train.precision == "fp8":
+        refuse_missing_float8("fp8", torch.device("cpu"))
+        multiply_in_float8(model, emulate=False)
     model.precision = config.train.precision
     return model
 
@@ -163,7 +168,7 @@ class _Levels:
 
     def mark(self) -> None:
         of = self.ledger
-        self.seen.append(Rise(of.now, of.read_peak(), of.flops, of.moved, of.kernels, of.sent))
+        self.seen.append(Rise(of.now, of.read_peak(), of.flops, of.slow_flops, of.moved, of.kernels, of.sent))
 
     def rises(self) -> list[Rise]:
         """From mark to mark, which are forgotten."""

@@ -125,6 +125,20 @@ def test_a_stream_reaches_every_rank(prover: Prover) -> None:
         prover.prove(row, layout)
 
 
+@pytest.mark.parametrize("layout", ["tp2+sp", "fsdp2", "zero3"])
+def test_float8_in_another_layout(layout: str, prover: Prover) -> None:
+    """What layouts differ by in bfloat16 float8 makes more of, but not so much as it differs from bfloat16 itself."""
+    row = replace(CORE[0], precision="fp8", model=CORE[0].model | {"head_dim": 16, "ffn_dim": 64})
+    one, *others = (row, None), (row, layout), (replace(row, precision="bf16"), None)
+    configs = [of.config(prover.folder, where) for of, where in (one, *others)]
+    for config in configs:
+        prover.ranks.train(config)
+    run, *found = (Path(config.log.dir) for config in configs)
+    divided, rounded = (differences(other, run) for other in found)
+    assert 0 < divided["loss"].size < 3e-3
+    assert divided["parameters"].size < rounded["parameters"].size
+
+
 @pytest.mark.parametrize("name", ["adafactor", "muon", "ranger21"])
 def test_another_layout_goes_on(name: str, prover: Prover) -> None:
     """With optimizer state that every rank has, that some pieces have, and that does not begin at zero."""

@@ -9,6 +9,7 @@ import torch
 from nlm import SCHEMES, build_model
 from nlm.build import build_engine
 from nlm.config import Config
+from nlm.float8 import LEAST_CAPABILITY, multiply_in_float8
 from nlm.mesh import Mesh
 from nlm.optim import OPTIMIZERS
 from nlm.train import train
@@ -54,6 +55,25 @@ def test_an_update_is_that_of_the_cpu_and_waits_for_nothing(name: str, kernels: 
         results.append([tensor.cpu() for tensor in engine.pieces.tensors])
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_in_float8_are_those_emulated(compiled: bool, make_config: RunConfig) -> None:
+    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        pytest.skip("needs a GPU with float8, of CUDA capability 8.9")
+    config = make_config(train={"precision": "fp8", "batch_tokens": 64, "seq_len": 16})
+    results = []
+    for device in ("cpu", "cuda"):
+        linear = build_model(config, device=device).blocks["0"].ffn.w_up
+        multiply_in_float8(linear, emulate=device == "cpu")
+        if compiled and device == "cuda":
+            linear = torch.compile(linear, fullgraph=True, dynamic=False)
+        x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        y = linear(x)
+        y.backward(x.detach().flatten(0, 1).sum(0)[0] * y.detach())
+        results.append([t.detach().float().cpu() for t in (y, x.grad, linear.weight.grad)])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

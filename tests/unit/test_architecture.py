@@ -27,7 +27,7 @@ LEVELS = [
     ["nlm.kernels", "nlm.weight_norms", "nlm.scores", "nlm.data"],
     ["nlm.schemes"],
     ["nlm.model"],
-    ["nlm.init", "nlm.parallel.pieces"],
+    ["nlm.float8", "nlm.init", "nlm.parallel.pieces"],
     ["nlm.calibrate"],
     ["nlm.optim"],
     ["nlm.parallel"],

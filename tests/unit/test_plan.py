@@ -17,14 +17,16 @@ from nlm.cli import main
 from nlm.config import Config, ParallelConfig
 from nlm.mesh import AXES
 from nlm.model import Part, weights
+from nlm.plan.estimate import kernels_s
 from nlm.plan.flops import _flops, flops_per_token
-from nlm.plan.gpus import GPUS, machine, peak_flops
+from nlm.plan.gpus import GPUS, Machine, machine, peak_flops
 from nlm.plan.layers import Layers
 from nlm.plan.layouts import FREE_SHARE, best_first
 from nlm.plan.plan import parameters_by_role, plan
 from nlm.plan.report import advice, text
 from nlm.plan.schedule import makespan, orders
 from nlm.plan.segment import KINDS, Segment, joined
+from nlm.plan.trace import trace
 
 MakeConfig = Callable[..., Config]
 FOUND = json.loads((DOCS / "plan.json").read_text(encoding="utf-8"))
@@ -36,6 +38,7 @@ SMALL = {"dim": 64, "n_layers": 6}
     [
         Row("microbatches", SMALL | {"tied": True, "activation": "swiglu"}, parallel={"microbatches": 2}),
         Row("recompute, bf16", SMALL, {"precision": "bf16"}, {"recompute": "block", "microbatches": 2}),
+        Row("fp8, as emulated", SMALL, {"precision": "fp8"}),
         Row("another", SMALL | {"scheme": {"name": "brainformer"}, "attention": {"score": "softcap"}}),
         # Where the ranks gather in the middle of a layer, gloo keeps buffers for a while: see docs/plan.md.
         Row("two ranks", SMALL, parallel={"pp": 2, "microbatches": 4}),
@@ -69,6 +72,18 @@ def test_flops_of_softmax_attention_are_the_usual_ones(make_config: MakeConfig) 
     model = config.model
     elements = 1000 * (4 * model.dim**2 + 2 * model.dim * model.ffn_dim) + model.vocab_size * model.dim
     assert flops_per_token(config) == 6 * elements + 12 * model.dim * config.train.seq_len * 1000
+
+
+def test_in_float8_are_the_blocks_matrices() -> None:
+    """Of the rest the head is all products and attention's scores are 4 · D · S a token; both run at half the peak."""
+    config = Row("fp8", SMALL, {"precision": "fp8"}).config
+    passed, tokens = trace(config, 8, "none").first.forward, 8 * config.train.seq_len
+    assert passed["head"].slow_flops == passed["head"].flops > 0
+    assert passed[0].slow_flops == 4 * 64 * config.train.seq_len * tokens
+    assert passed[0].flops - passed[0].slow_flops == 2 * 12 * 64**2 * tokens
+    on, block = Machine("one", peak_flops=1.0, memory_gib=1, efficiency=1, host_s=0), passed[0]
+    assert kernels_s(on, block, 1) == block.flops + block.slow_flops
+    assert trace(Row("bf16", SMALL, {"precision": "bf16"}).config, 8, "none").first.forward[0].slow_flops == 0
 
 
 @pytest.mark.parametrize("scheme", ["brainformer", "ngpt"])
@@ -119,6 +134,8 @@ def test_peaks_are_known_or_asked_for() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.5e12
     assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16") is None
     assert {peak_flops(gpu.device_name, "fp32") for gpu in GPUS.values()} == {67e12, 51e12, 60e12, 19.5e12, 75e12}
+    both = [gpu.peak_flops for gpu in GPUS.values() if "fp8" in gpu.peak_flops]
+    assert len(both) == 6 and all(peak["fp8"] == pytest.approx(2 * peak["bf16"], rel=1e-3) for peak in both)
     with pytest.raises(ValueError, match=r"--peak-tflops, --memory-gib: of 'RTX 9999' in bf16 this is not known"):
         machine("RTX 9999", "bf16", 8, {})
     with pytest.raises(ValueError, match=r"--peak-tflops: of 'H100' in fp64 this is not known"):
