@@ -168,9 +168,10 @@ def _search(
     chance = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     if beams is not None:
         _refuse_idle(chance, "nothing is drawn at random with beams")
+        search = Beams(beams, length_penalty or 0.0)
         if n > beams:
             raise ValueError(f"n: expected at most as many as there are beams, {beams}, got {n}")
-        return Beams(beams, length_penalty or 0.0)
+        return search
     _refuse_idle({"length_penalty": length_penalty}, "it ranks what beams find; give beams")
     sampling = Sampling(1.0 if temperature is None else temperature, top_k, top_p)
     if temperature == 0:
