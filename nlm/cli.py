@@ -18,6 +18,7 @@ examples:
   nlm probe configs/quickstart.toml model.n_layers=200
   nlm plan configs/quickstart.toml model.dim=1024 --gpu H100 --gpus 8
   nlm train configs/quickstart.toml optim.lr=5e-4 log.dir=runs/slower
+  nlm generate runs/slower/checkpoints/step-00000100 "To be" --max-tokens 40
   nlm report runs/quickstart runs/slower --out pictures
 """
 

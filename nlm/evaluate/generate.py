@@ -36,13 +36,13 @@ class CachedDecoder:
         self.model, self.n_tokens = model, n_tokens
         self.device = next(model.parameters()).device
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def start(self, texts: Sequence[Sequence[int]]) -> Tensor:
         lengths = [len(text) for text in texts]
         self.cache = Cache(lengths)
         return self._next([[*text, *[0] * (max(lengths) - len(text))] for text in texts])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         return self._next([[token] for token in tokens])
 
