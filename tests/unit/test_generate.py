@@ -187,10 +187,11 @@ def test_beams_that_are_wide_enough_find_the_best_there_is(seed: int, penalty: f
         assert all(text.ended == (text.tokens[-1] == end) for text in ranked)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_prompt_is_searched_no_longer_than_needed_and_no_shorter(seed: int) -> None:
+@pytest.mark.parametrize("penalty", [0.6, 3.0])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_prompt_is_searched_no_longer_than_needed_and_no_shorter(seed: int, penalty: float) -> None:
     """Narrow beams that stop early find what those that go on to the limit do: hypotheses of all lengths, by hand."""
-    vocab_size, end, width, limit, penalty = 6, 5, 3, 8, 0.6
+    vocab_size, end, width, limit = 6, 5, 3, 8
     table = Table(seed, vocab_size)
     (found,) = beam_search(table, [[0]], [limit], end, Beams(width, penalty))
     live, done = [((), 0.0)], dict[tuple[int, ...], float]()
@@ -228,6 +229,9 @@ def test_what_is_drawn_depends_on_seed_and_prompt_alone(make_config: MakeConfig)
     assert len({text for found in together for text in found}) == 21, "every sample has chance of its own"
     assert together != drawn(seed=6)
     assert drawn() == drawn(seed=0)
+    end = together[0][0][2]
+    cut = [[t[: t.index(end) + 1] if end in t else t for t in found] for found in together]
+    assert drawn(seed=5, end=end) == cut, "nor on which texts are through"
     (first, *_) = generate(model, prompts, max_tokens=3, seed=5)
     assert first[0].tokens == together[0][0][:3], "nor on how many tokens follow"
 
