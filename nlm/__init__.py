@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nlm.build import build_model, load_config
     from nlm.checkpoint import load_checkpoint
+    from nlm.data.tokenizer import load_tokenizer
+    from nlm.evaluate.generate import generate
     from nlm.norms import NORMS
     from nlm.schemes import SCHEMES
     from nlm.scores import SCORES
@@ -19,8 +21,10 @@ __all__ = [
     "SCORES",
     "WEIGHT_NORMS",
     "build_model",
+    "generate",
     "load_checkpoint",
     "load_config",
+    "load_tokenizer",
     "read_layers",
 ]
 
@@ -30,8 +34,10 @@ HOMES = {
     "SCORES": "nlm.scores",
     "WEIGHT_NORMS": "nlm.weight_norms",
     "build_model": "nlm.build",
+    "generate": "nlm.evaluate.generate",
     "load_checkpoint": "nlm.checkpoint",
     "load_config": "nlm.build",
+    "load_tokenizer": "nlm.data.tokenizer",
     "read_layers": "nlm.statistics.store",
 }
 

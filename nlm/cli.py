@@ -18,6 +18,7 @@ examples:
   nlm probe configs/quickstart.toml model.n_layers=200
   nlm plan configs/quickstart.toml model.dim=1024 --gpu H100 --gpus 8
   nlm train configs/quickstart.toml optim.lr=5e-4 log.dir=runs/slower
+  nlm generate runs/slower/checkpoints/step-00000100 "To be" --max-tokens 40
   nlm report runs/quickstart runs/slower --out pictures
 """
 
@@ -27,10 +28,11 @@ LAUNCHER_GRACE_S = 5
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest:  # argparse takes no overrides behind an option
-        if "overrides" not in options or any(word.startswith("-") for word in rest):
+    if rest:  # argparse takes no overrides, and no prompts, behind an option
+        many = [name for name in ("overrides", "prompts") if name in options]
+        if not many or any(word.startswith("-") for word in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        options.overrides += rest
+        setattr(options, many[0], [*getattr(options, many[0]), *rest])
     try:
         options.run(options)
     except (FloatingPointError, OSError) as error:
@@ -120,6 +122,25 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="CHECKPOINT", help="folder of the model that comes out"
     )
     fold.set_defaults(run=_fold_norms)
+
+    generate = verbs.add_parser("generate", help="write on from prompts with a trained decoder")
+    generate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step-00000100")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to go on from; default: lines of stdin")
+    generate.add_argument(
+        "--file", type=Path, metavar="FILE", help='of prompts: a line each, or .jsonl of strings or {"prompt": …}'
+    )
+    generate.add_argument("--max-tokens", type=int, metavar="N", help="of each text (to the end of the context)")
+    generate.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token (1)")
+    generate.add_argument("--top-k", type=int, metavar="K", help="draws from the K likeliest tokens")
+    generate.add_argument("--top-p", type=float, metavar="P", help="from the fewest that together have probability P")
+    generate.add_argument("--seed", type=int, metavar="N", help="of chance (0)")
+    generate.add_argument("--n", type=int, default=1, metavar="N", help="texts a prompt (1)")
+    generate.add_argument("--beams", type=int, metavar="N", help="beam search with so many")
+    generate.add_argument("--length-penalty", type=float, metavar="A", help="α of beam search (0)")
+    generate.add_argument("--batch", type=int, default=32, metavar="N", help="prompts computed at once (32)")
+    generate.add_argument("--tokenizer", metavar="byte|FILE.model|FILE.json", help="default: that of the run's data")
+    generate.add_argument("--json", action="store_true", help="writes a line of JSON a text")
+    generate.set_defaults(run=_generate)
 
     tokenize = verbs.add_parser("tokenize", help="turn text, JSONL or parquet files into a token shard")
     tokenize.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or directories to search")
@@ -241,6 +262,52 @@ def _fold_norms(options: argparse.Namespace) -> None:
     save_checkpoint(options.out, result, its_config)
     off = difference(model, result, config.train.seq_len)
     print(f"{options.out}: logits of random tokens differ by at most {off:.1e} of their standard deviation")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import json
+
+    from nlm.checkpoint import load_checkpoint
+    from nlm.data.lookup import find_tokenizer
+    from nlm.data.prompts import read_prompts
+    from nlm.data.tokenizer import load_tokenizer
+    from nlm.evaluate.generate import generate
+    from nlm.runtime import pick_device
+
+    if options.prompts and options.file:
+        raise ValueError("--file: expected prompts or a file of them, got both; leave one out")
+    model, config = load_checkpoint(options.checkpoint)
+    tokenizer = load_tokenizer(options.tokenizer or find_tokenizer(config.data))
+    prompts = options.prompts or read_prompts(options.file)
+    one = len(prompts) == 1 and options.n == 1 and not options.json
+    streams = one and options.beams is None
+    if streams:
+        print(prompts[0], end="", flush=True)
+    texts = generate(
+        model.to(pick_device()),
+        prompts,
+        tokenizer,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        beams=options.beams,
+        length_penalty=options.length_penalty,
+        n=options.n,
+        batch=options.batch,
+        show=(lambda piece: print(piece, end="", flush=True)) if streams else None,
+    )
+    if streams:
+        print()
+        return
+    for i, (prompt, found) in enumerate(zip(prompts, texts, strict=True)):
+        for j, text in enumerate(found):
+            if options.json:
+                facts = {"prompt": i, "sample": j, "text": text.text, "tokens": text.tokens}
+                print(json.dumps(facts | {"log_prob": text.log_prob, "ended": text.ended}, ensure_ascii=False))
+            else:
+                print(f"{prompt}{text.text}" if one else f"--- {i + 1}.{j + 1}\n{prompt}{text.text}")
 
 
 def _tokenize(options: argparse.Namespace) -> None:

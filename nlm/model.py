@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from nlm.activations import ACTIVATIONS, soft_cap
 from nlm.anatomy import MATRICES, SLOTS, WRITES, Axis, Kind, Role, Site, Span, Weight
+from nlm.cache import Cache
 from nlm.config import ModelConfig
 from nlm.kernels.rows import sum_over_rows
 from nlm.norms import NormSite, precise
@@ -166,7 +167,12 @@ class Attention(nn.Module):
         self.slots = design.slot_dict(site, "q", "k", "heads")
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, watch: Watch | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: Cache | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """It shows signals.INSIDE."""
         x = self.tp.enter(x)
@@ -175,7 +181,8 @@ class Attention(nn.Module):
         def place(slot: nn.Module, x: Tensor) -> Tensor:
             return slot(x if rotary is None else rotate(x, *rotary, self.interleaved))  # type: ignore[no-any-return]
 
-        out = self.score(q, k, v, mask, partial(place, self.slots["q"]), partial(place, self.slots["k"]), watch)
+        keep = None if cache is None else partial(cache.keep, self.site)
+        out = self.score(q, k, v, mask, partial(place, self.slots["q"]), partial(place, self.slots["k"]), watch, keep)
         return self.wo(self.slots["heads"](out.flatten(2)))  # [B S H Dh] -> [B S H·Dh]
 
 
@@ -242,6 +249,7 @@ class Block(nn.Module):
         mask: Tensor | None,
         keys: Tensor | None,
         visible: Tensor | None,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x [B S D] -> x [B S D] and, with the keys that are `visible` to the watched queries, what sublayers show."""
         watch = None if visible is None else Watch(visible, [])
@@ -249,7 +257,7 @@ class Block(nn.Module):
             sublayer = getattr(self, name)
             branch = partial(sublayer, watch=watch)
             if isinstance(sublayer, Attention):
-                branch = partial(branch, rotary=rotary, mask=mask)
+                branch = partial(branch, rotary=rotary, mask=mask, cache=cache)
                 if watch is not None:
                     watch.seen.append(torch.zeros(self.n_units, device=x.device))
             x = getattr(self, f"{name}_residual")(x, branch, watch, keys)
@@ -308,7 +316,7 @@ class Transformer(nn.Module):
         data: tuple[Ranks, ...] = (),
     ) -> None:
         super().__init__()
-        self.config, self.scheme, self.n_layers = config, scheme, config.n_layers
+        self.config, self.scheme, self.n_layers, self.seq_len = config, scheme, config.n_layers, seq_len
         self.part = part = part or Part(range(config.n_layers), first=True, last=True)
         self.tp = tp = tp or TensorParallel()
         sizes: dict[Axis, int] = {
@@ -378,6 +386,7 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         segments: Tensor | None = None,
         keys: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """tokens [B S] -> logits [B S V/n] or, with targets [B S], their summed cross-entropy [].
 
@@ -385,20 +394,28 @@ class Transformer(nn.Module):
         numbers of the samples, samples skip sublayers (stochastic depth).
         A part without the first layers takes the stream [B S D] instead, one without the last gives the stream.
         `signals`, unless None, collects what the layers show.
+        With a `cache`, tokens are those that come after what it has, and logits [B 1 V] those of each row's last.
         """
         with autocast(self.precision, x.device):
-            return self._forward(x, targets, segments, keys)
+            return self._forward(x, targets, segments, keys, cache)
 
-    def _forward(self, x: Tensor, targets: Tensor | None, segments: Tensor | None, keys: Tensor | None) -> Tensor:
+    def _forward(
+        self, x: Tensor, targets: Tensor | None, segments: Tensor | None, keys: Tensor | None, cache: Cache | None
+    ) -> Tensor:
         seq_len = x.shape[1]
+        mask = None if cache is None else cache.enter(seq_len, x.device)
+        positions = None if cache is None else cache.positions
         if self.part.first:
-            x = self._embedded(x)
+            x = self._embedded(x, positions)
         elif self.tp.sequence:
             seq_len *= self.tp.size
-        rotary = None if self.rotary is None else self.rotary(seq_len)
+        rotary = None
+        if self.rotary is not None:
+            rotary = self.rotary(seq_len) if positions is None else self.rotary.at(positions)
         if segments is None and self.config.is_encoder:
             segments = torch.zeros(1, seq_len, dtype=torch.int64, device=x.device)
-        mask = None if segments is None else document_mask(segments, causal=not self.config.is_encoder)
+        if segments is not None:
+            mask = document_mask(segments, causal=not self.config.is_encoder)
         signals, visible = self.signals, None
         if signals is not None:
             visible = keys_seen(mask, seq_len, signals.queries, x.device)
@@ -408,7 +425,7 @@ class Transformer(nn.Module):
         def run(places: range, x: Tensor) -> Tensor:
             for place in places:
                 layer, block = blocks[place]
-                x, shown = block(x, rotary, mask, keys, visible)
+                x, shown = block(x, rotary, mask, keys, visible, cache)
                 if signals is not None and shown is not None and not self.recomputing:
                     signals.add(place, shown, x, layer)
             return x
@@ -417,6 +434,8 @@ class Transformer(nn.Module):
         if not self.part.last:
             return x
         assert self.final is not None
+        if cache is not None:
+            x = x[torch.arange(len(x), device=x.device), cache.last][:, None]  # [B S D] -> [B 1 D]
         x = self.tp.enter(self.final(x))
         if targets is None:
             return self._logits(x)
@@ -424,13 +443,15 @@ class Transformer(nn.Module):
         parameters = [parameter for module in reads for parameter in module.parameters()]
         return sum_over_rows(self._loss, x, targets, parameters, self.loss_rows or targets.numel())
 
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        """[B S] -> [B S D]."""
+    def _embedded(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """[B S] -> [B S D], by default at the positions from 0 on."""
         assert self.embed is not None and self.token is not None and self.stem is not None
         x = self.token(self.embed(tokens))
         if self.position is not None:
-            here = self.tp.positions(tokens.shape[1])
-            x = x + self.position(torch.arange(here.start, here.stop, device=tokens.device)).to(x.dtype)
+            if positions is None:
+                here = self.tp.positions(tokens.shape[1])
+                positions = torch.arange(here.start, here.stop, device=tokens.device)
+            x = x + self.position(positions).to(x.dtype)
         return self.stem(x)  # type: ignore[no-any-return]
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:

@@ -23,19 +23,24 @@ class Rotary(nn.Module):
         self.register_buffer("cos", torch.empty(shape), persistent=False)
         self.register_buffer("sin", torch.empty(shape), persistent=False)
         self.initial: dict[str, Callable[[], Tensor]] = {
-            "cos": lambda: self._spread(self._angles().cos(), 1.0),
-            "sin": lambda: self._spread(self._angles().sin(), -1.0),
+            "cos": lambda: self._tables(torch.arange(seq_len))[0],
+            "sin": lambda: self._tables(torch.arange(seq_len))[1],
         }
 
-    def _angles(self) -> Tensor:
-        channel = torch.arange(0, self.head_dim, 2, dtype=torch.float64)
-        return torch.outer(
-            torch.arange(self.cos.shape[0], dtype=torch.float64), self.base ** (-channel / self.head_dim)
-        )
+    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """[… S] -> cos, sin, each [… S 1 Dh], in float64."""
+        channel = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device)
+        angles = positions[..., None] * self.base ** (-channel / self.head_dim)  # [… S Dh/2]
+        return self._spread(angles.cos(), 1.0), self._spread(angles.sin(), -1.0)
 
     def _spread(self, table: Tensor, sign: float) -> Tensor:
         pair = torch.stack([sign * table, table], dim=-1 if self.interleaved else -2)
-        return pair.flatten(-2)[:, None, :]  # [S Dh/2] -> [S 1 Dh]
+        return pair.flatten(-2)[..., None, :]  # [… S Dh/2] -> [… S 1 Dh]
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """[B S] -> cos, sin, each [B S 1 Dh], of positions that may be beyond the tables."""
+        cos, sin = self._tables(positions)
+        return cos.to(self.cos.dtype), sin.to(self.sin.dtype)
 
     def forward(self, seq_len: int) -> tuple[Tensor, Tensor]:
         """-> cos, sin, each [S 1 Dh]."""
@@ -45,7 +50,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x [B S H Dh], tables [S 1 Dh] -> [B S H Dh]."""
+    """x [B S H Dh], tables [S 1 Dh] or [B S 1 Dh] -> [B S H Dh]."""
     if interleaved:
         swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # [B S H Dh/2 2]
     else:

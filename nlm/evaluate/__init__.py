@@ -1,1 +1,1 @@
-"""What a trained model is worth: validation loss."""
+"""What a trained model is worth: validation loss, and the text that it writes."""

@@ -1,6 +1,6 @@
 """Score functions of attention, and SCORES, the choice by name."""
 
-from nlm.scores.base import Heads, Score, document_mask, keys_seen, uniform_entropy
+from nlm.scores.base import Heads, Keep, Score, document_mask, keys_seen, uniform_entropy
 from nlm.scores.linear import Fourier, Galerkin, NaLaFormer
 from nlm.scores.rectified import ReLA, Sigmoid
 from nlm.scores.sa_softmax import SASoftmax
@@ -22,4 +22,4 @@ SCORES: dict[str, type[Score]] = {
     "nalaformer": NaLaFormer,
 }
 
-__all__ = ["SCORES", "Heads", "Score", "document_mask", "keys_seen", "uniform_entropy"]
+__all__ = ["SCORES", "Heads", "Keep", "Score", "document_mask", "keys_seen", "uniform_entropy"]

@@ -18,6 +18,8 @@ SATURATED = 0.95
 
 Place = Callable[[Tensor], Tensor]
 """What gives queries or keys [B S H Dh] their positions, and then what the scheme has for them."""
+Keep = Callable[..., tuple[Tensor, ...]]
+"""What is told what a score keeps of the positions that come [B Q …] and gives what it has kept of all [B S …]."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Score(nn.Module, ABC):
     """How queries and keys choose among values. Its keyword arguments are keys of [model.attention].
 
     In all methods: q [B S H Dh], k and v [B S Hkv Dh], query head h attends with kv head h // (H / Hkv). `mask`
-    [B 1 S S] says who sees whom; without one, each position sees itself and those before.
+    [B 1 S S] says who sees whom; without one, each position sees itself and those before. With `keep`, queries, keys
+    and values are of the positions that come, Q of them, and the mask [B 1 Q S] is of these and all that there are.
     """
 
     sums_to_one = False
@@ -55,6 +58,7 @@ class Score(nn.Module, ABC):
         place_q: Place,
         place_k: Place,
         watch: Watch | None = None,
+        keep: Keep | None = None,
     ) -> Tensor:
         """Queries, keys and values as the matrices give them -> [B S H Dh]. It shows signals.INSIDE."""
 
@@ -99,11 +103,14 @@ class PlacedScore(Score):
         place_q: Place,
         place_k: Place,
         watch: Watch | None = None,
+        keep: Keep | None = None,
     ) -> Tensor:
         q, k = self.normalize(q, k)
         q, k = place_q(q), place_k(k)
         if watch is not None:
             watch.seen.append(torch.stack([*self.shown(q, k, watch.visible), squares(q), squares(k)]))
+        if keep is not None:
+            k, v = keep(k, v)
         return self.attend(q, k, v, mask)
 
 
@@ -127,15 +134,15 @@ def for_each_query(x: Tensor, q: Tensor) -> Tensor:
 
 
 def visible(q: Tensor, mask: Tensor | None) -> Tensor:
-    """-> [B 1 S S] or [S S]: `mask`, or the causal one."""
+    """-> [B 1 Q S] or [S S]: `mask`, or the causal one."""
     return torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril() if mask is None else mask
 
 
 def n_visible(q: Tensor, mask: Tensor | None) -> Tensor:
-    """-> [B S 1 1] or [S 1 1]: how many keys each position sees."""
+    """-> [B Q 1 1] or [S 1 1]: how many keys each query sees."""
     if mask is None:
         return torch.arange(1, q.shape[1] + 1, device=q.device)[:, None, None]
-    return mask.sum(-1).transpose(1, 2)[..., None]  # [B 1 S] -> [B S 1 1]
+    return mask.sum(-1).transpose(1, 2)[..., None]  # [B 1 Q] -> [B Q 1 1]
 
 
 def queries(visible: Tensor) -> slice:
@@ -183,7 +190,8 @@ CHUNK = 64
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q and k [B S H E], v [B S H Dv] -> [B S H Dv], Σ (q_t·k_j) v_j over the j that t sees, in float32 or more.
+    """q and k [B S H E], v [B S H Dv] -> [B S H Dv], Σ (q_t·k_j) v_j over the j that t sees, in float32 or more; with
+    a mask [B 1 Q S], of Q queries.
 
     Work and memory grow as S (Katharopoulos et al. 2020, arXiv:2006.16236, section 3.3), with a mask as S².
     """

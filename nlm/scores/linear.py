@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from nlm.anatomy import Role, Span
 from nlm.norms import precise
-from nlm.scores.base import Heads, Place, PlacedScore, Score, for_each_query, linear_attention, n_visible
+from nlm.scores.base import Heads, Keep, Place, PlacedScore, Score, for_each_query, linear_attention, n_visible
 from nlm.signals import Watch, squares
 
 
@@ -83,6 +83,7 @@ class NaLaFormer(Linear):
         place_q: Place,
         place_k: Place,
         watch: Watch | None = None,
+        keep: Keep | None = None,
     ) -> Tensor:
         q, k = precise(q), precise(k)
         length = q.norm(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -91,14 +92,15 @@ class NaLaFormer(Linear):
         q_parts = [(part / length).clamp(min=1e-6) ** power for part in (q.relu(), (-q).relu())]
         k_parts = [part.relu() for part in (k**3, -(k**3))]
 
-        def features(parts: list[Tensor]) -> Tensor:
-            return for_each_query(torch.cat(parts, -1), q)  # [B S H 2·Dh]
-
-        ones = torch.ones_like(length)
-        total = linear_attention(features(q_parts), features(k_parts), ones, mask) + 1e-6 * n_visible(q, mask)
+        q_features, k_features = (torch.cat(parts, -1) for parts in (q_parts, k_parts))  # [B S H 2·Dh]
         q_placed, k_placed = (
-            features([place(part) for part in parts]) for place, parts in ((place_q, q_parts), (place_k, k_parts))
+            torch.cat([place(part) for part in parts], -1) for place, parts in ((place_q, q_parts), (place_k, k_parts))
         )
         if watch is not None:
             watch.seen.append(torch.stack([*self.shown(q_placed, k_placed, watch.visible), squares(q), squares(k)]))
-        return linear_attention(q_placed, k_placed, for_each_query(v, q), mask) / total
+        if keep is not None:
+            k_features, k_placed, v = keep(k_features, k_placed, v)
+        k_features, k_placed, v = (for_each_query(x, q) for x in (k_features, k_placed, v))
+        ones = torch.ones_like(k_features[..., :1])
+        total = linear_attention(q_features, k_features, ones, mask) + 1e-6 * n_visible(q, mask)
+        return linear_attention(q_placed, k_placed, v, mask) / total

@@ -23,7 +23,7 @@ LEVELS = [
         "nlm.parallel.tensor",
         "nlm.parallel.launch",
     ],
-    ["nlm.activations", "nlm.norms", "nlm.positions", "nlm.random", "nlm.runtime", "nlm.mesh"],
+    ["nlm.activations", "nlm.cache", "nlm.norms", "nlm.positions", "nlm.random", "nlm.runtime", "nlm.mesh"],
     ["nlm.kernels", "nlm.weight_norms", "nlm.scores", "nlm.data"],
     ["nlm.schemes"],
     ["nlm.model"],
