@@ -446,7 +446,12 @@ class Config(Section):
 def read_table(path: str | Path, overrides: Iterable[str] = ()) -> Table:
     """The merged, not yet validated table of a config file. Errors: ConfigError."""
     path = Path(path)
-    table = _read_file(path, seen=())
+    table = overridden(_read_file(path, seen=()), overrides)
+    return _merge({"log": {"dir": f"runs/{path.stem}"}}, table)
+
+
+def overridden(table: Table, overrides: Iterable[str]) -> Table:
+    """With "a.b=value" in the place of what the table has. Errors: ConfigError for one that is not of that form."""
     problems = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -459,7 +464,7 @@ def read_table(path: str | Path, overrides: Iterable[str] = ()) -> Table:
         table = _merge(table, leaf)
     if problems:
         raise ConfigError(problems)
-    return _merge({"log": {"dir": f"runs/{path.stem}"}}, table)
+    return table
 
 
 def describe(problems: Iterable[ErrorDetails], prefix: str = "") -> Iterable[str]:

@@ -14,6 +14,10 @@ import sentencepiece
 import tokenizers
 from numpy.typing import NDArray
 
+from nlm.config import DataConfig
+from nlm.data.shards import shard_facts, shard_path
+from nlm.data.source import prefixes
+
 Ids = NDArray[np.int32]
 
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
@@ -151,6 +155,33 @@ def tokenizer_sha256(spec: str) -> str | None:
         return None
     with open(spec, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_spec(data: DataConfig) -> str:
+    """Of the training data, as `load_tokenizer` takes it: beside a shard, or where a stream's config says.
+
+    Errors: ValueError where it is not there, not the one that made the shard, or not the same for all sources.
+    """
+    specs = set[str]()
+    for source in data.sources:
+        if source.path is None:
+            assert source.tokenizer is not None, "text files have a tokenizer"
+            specs.add(source.tokenizer)
+            continue
+        for prefix in prefixes(source.path):
+            facts = shard_facts(prefix)
+            name, sha256 = facts.get("tokenizer"), facts.get("tokenizer_sha256")
+            if name == "byte":
+                specs.add(name)
+                continue
+            beside = [shard_path(prefix, ".model"), *([prefix.parent / name] if name else [])]
+            found = [path for path in beside if path.is_file() and tokenizer_sha256(str(path)) == sha256]
+            if not found:
+                raise ValueError(f"{prefix}: its tokenizer {name or ''} is not beside it; name it with --tokenizer")
+            specs.add(str(found[0]))
+    if len({tokenizer_sha256(spec) for spec in specs}) > 1:
+        raise ValueError(f"the training data have several tokenizers, {', '.join(sorted(specs))}; see --tokenizer")
+    return min(specs)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: Path) -> Path:
