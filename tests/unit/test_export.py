@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def gpt_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Pa
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
     from megatron.core.transformer import TransformerConfig
 
     def make(folder: Path) -> Callable[..., torch.Tensor]:
@@ -113,6 +115,7 @@ def gpt_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Pa
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+        patch.setattr(CudaRNGStatesTracker, "fork", lambda *_: nullcontext())  # for a dropout that is none
         parallel_state.initialize_model_parallel()
         yield make
         parallel_state.destroy_model_parallel()
