@@ -156,9 +156,12 @@ class TrainConfig(Section):
 
     `sparse_softmax_k`: the training loss is that of a softmax over the k largest logits only. It is lower than the true
     one, by which validation goes. `masked_share`: of the tokens, those that an encoder is to predict.
+
+    `start`: a checkpoint with whose weights the run begins, in the place of random ones; nothing else is taken from it.
     """
 
     steps: PositiveInt
+    start: str | None = None
     stop_after: PositiveInt | None = None
     max_minutes: PositiveFloat | None = None
     batch_tokens: PositiveInt

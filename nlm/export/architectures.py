@@ -79,17 +79,16 @@ class Architecture:
     def table(self, config: Config) -> Table | None:
         """Their config, its keys dotted, of one of ours; None where it has no such values."""
         have = dict(config.model) | {"seq_len": config.train.seq_len}
-        table = {}
+        table: Table = {}
         for key, is_ours in self.fields.items():
-            match is_ours:
-                case Is(value):
-                    table[key] = value
-                case Values(name, theirs):
-                    if have[name] not in theirs:
-                        return None
-                    table[key] = theirs[have[name]]
-                case name:
-                    table[key] = have[name]
+            if isinstance(is_ours, Is):
+                table[key] = is_ours.value
+            elif isinstance(is_ours, Values):
+                if have[is_ours.key] not in is_ours.theirs:
+                    return None
+                table[key] = is_ours.theirs[have[is_ours.key]]
+            else:
+                table[key] = have[is_ours]
         return table
 
     def model(self, table: Mapping[str, Any]) -> tuple[Table, int]:
@@ -110,24 +109,22 @@ class Architecture:
                 problems.append(f"{key}: missing")
                 continue
             value = table.get(key, self.absent.get(key))
-            match is_ours:
-                case Is(expected):
-                    name = None
-                    if value != expected:
-                        problems.append(f"{key}: expected {expected!r}, got {value!r}, for which nlm has nothing")
-                case Values(name, theirs):
-                    mine = [ours_ for ours_, theirs_ in theirs.items() if theirs_ == value]
-                    if not mine:
-                        problems.append(f"{key}: expected one of {[*theirs.values()]}, got {value!r}")
-                        continue
-                    (value,) = mine
-                case name:
-                    pass
-            if name is None or value is None:  # what they leave to be derived is derived here, in the same way
+            if isinstance(is_ours, Is):
+                if value != is_ours.value:
+                    problems.append(f"{key}: expected {is_ours.value!r}, got {value!r}, for which nlm has nothing")
                 continue
-            if name in ours and ours[name] != value:
-                problems.append(f"{key}: expected {ours[name]!r}, as other keys say of model.{name}, got {value!r}")
-            ours[name] = value
+            if value is None and self.absent.get(key, 0) is None:  # what they derive is derived here, in the same way
+                continue
+            name = is_ours.key if isinstance(is_ours, Values) else is_ours
+            if isinstance(is_ours, Values):
+                mine = [ours_ for ours_, theirs in is_ours.theirs.items() if theirs == value]
+                if not mine:
+                    problems.append(f"{key}: expected one of {[*is_ours.theirs.values()]}, got {value!r}")
+                    continue
+                (value,) = mine
+            if value is None or ours.setdefault(name, value) != value:
+                expected = "a value" if value is None else f"{ours[name]!r}, as others say of model.{name}"
+                problems.append(f"{key}: expected {expected}, got {value!r}")
         if problems:
             raise ConfigError(problems)
         return ours, ours.pop("seq_len")
@@ -209,7 +206,6 @@ _SIZES: dict[str, str | Values | Is] = {
     "rope_parameters.rope_type": Is("default"),
 }
 _ABSENT = {
-    "num_key_value_heads": None,
     "tie_word_embeddings": False,
     "rope_parameters.rope_theta": 10_000.0,
     "rope_parameters.rope_type": "default",
@@ -217,22 +213,11 @@ _ABSENT = {
 }
 _ONLY = {"rope_scaling": None, "rope_parameters.partial_rotary_factor": 1.0}
 IDLE = frozenset(
-    [
-        "_name_or_path",
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "initializer_range",
-        "use_cache",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "attention_dropout",
-        "pretraining_tp",
-    ]
+    {"_name_or_path", "architectures", "model_type", "transformers_version", "dtype", "torch_dtype"}
+    | {"initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+    | {"attention_dropout", "pretraining_tp"}
 )
+"""What changes no logit in any of them."""
 _ATTENTION: dict[str, str | Joined] = {
     "model.layers.{l}.self_attn.q_proj": "blocks.{l}.attn.wq",
     "model.layers.{l}.self_attn.k_proj": "blocks.{l}.attn.wk",
@@ -270,7 +255,7 @@ HUGGING_FACE = (
         },
         ours={"norm": RMSNORM, "position": "rope"},
         modules=_ENDS | _BEFORE | _ATTENTION | _GATED_FFN,
-        absent=_ABSENT | {"head_dim": None, "mlp_bias": False},
+        absent=_ABSENT | {"head_dim": None, "num_key_value_heads": None, "mlp_bias": False},
         only=_ONLY,
         idle=IDLE,
     ),
@@ -287,7 +272,7 @@ HUGGING_FACE = (
         },
         ours={"norm": RMSNORM, "position": "rope"},
         modules=_ENDS | _BEFORE | _ATTENTION | _PLAIN_FFN,
-        absent=_ABSENT | {"head_dim": None, "mlp_bias": False},
+        absent=_ABSENT | {"head_dim": None, "num_key_value_heads": None, "mlp_bias": False},
         only=_ONLY,
         idle=IDLE,
     ),
@@ -316,7 +301,7 @@ HUGGING_FACE = (
             "model.layers.{l}.post_attention_layernorm": "blocks.{l}.attn_residual.norm",
             "model.layers.{l}.post_feedforward_layernorm": "blocks.{l}.ffn_residual.norm",
         },
-        absent=_ABSENT,
+        absent=_ABSENT | {"num_key_value_heads": None},
         only=_ONLY,
         idle=IDLE,
     ),
@@ -400,21 +385,8 @@ HUGGING_FACE = (
         },
         only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
         idle=IDLE
-        | frozenset(
-            [
-                "attn_pdrop",
-                "embd_pdrop",
-                "resid_pdrop",
-                "reorder_and_upcast_attn",
-                "n_ctx",
-                "task_specific_params",
-                "summary_activation",
-                "summary_first_dropout",
-                "summary_proj_to_labels",
-                "summary_type",
-                "summary_use_proj",
-            ]
-        ),
+        | {"attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn", "n_ctx", "task_specific_params"}
+        | {f"summary_{what}" for what in ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")},
     ),
 )
 
@@ -424,7 +396,7 @@ def _megatron(norm: str, gated: bool, head_norms: bool) -> Architecture:
     and `gpt` the rest; an activation_func is that of torch.nn.functional of this name."""
     layer, ours = "decoder.layers.{l}", "blocks.{l}"
     norms: dict[str, str | Joined] = {
-        f"{layer}.self_attention.{i}_layernorm": f"{ours}.attn.score.{i}_norm" for i in "qk"
+        f"{layer}.self_attention.{i}_layernorm": f"{ours}.attn.score.{i}_norm" for i in ("qk" if head_norms else "")
     }
     first = f"{ours}.ffn.w_up"
     return Architecture(
@@ -458,7 +430,8 @@ def _megatron(norm: str, gated: bool, head_norms: bool) -> Architecture:
         ours={"norm": {"name": norm.lower()}}
         | ({"attention": {"score": "rms_qknorm_head"}} if head_norms else {})
         | ({"bias": True} if norm == "LayerNorm" else {}),  # theirs always has one
-        modules={
+        modules=norms
+        | {
             "embedding.word_embeddings": "embed",
             "embedding.position_embeddings": "position",
             f"{layer}.input_layernorm": f"{ours}.attn_residual.norm",
@@ -469,8 +442,7 @@ def _megatron(norm: str, gated: bool, head_norms: bool) -> Architecture:
             f"{layer}.mlp.linear_fc2": f"{ours}.ffn.w_down",
             "decoder.final_layernorm": "final",
             "output_layer": "head",
-        }
-        | (norms if head_norms else {}),
+        },
     )
 
 

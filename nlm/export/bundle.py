@@ -33,7 +33,7 @@ class Source:
 
     @cached_property
     def imports(self) -> dict[str, Import]:
-        found = {}
+        found: dict[str, Import] = {}
         for node in self.body:
             if isinstance(node, ast.ImportFrom) and node.module:
                 found |= {alias.asname or alias.name: Import(node.module, alias.name) for alias in node.names}

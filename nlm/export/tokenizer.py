@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2 as proto
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from nlm.data.tokenizer import END_OF_TEXT, SPACE_MARK, ByteTokenizer, load_tokenizer
+
+proto: Any = sentencepiece_model_pb2  # its classes are made at run time
 
 
 def write_tokenizer(spec: str, folder: Path) -> int:

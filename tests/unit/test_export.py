@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 from safetensors.torch import load_file, save_file
 
 from nlm import NORMS, SCHEMES, SCORES, WEIGHT_NORMS, build_model, load_checkpoint
-from nlm.checkpoint import save_checkpoint
+from nlm.checkpoint import checkpoints, save_checkpoint
 from nlm.cli import main
 from nlm.config import Config
 from nlm.data.tokenize import tokenize
@@ -28,6 +28,7 @@ from nlm.export.architectures import HUGGING_FACE, MEGATRON, Architecture, archi
 from nlm.export.tokenizer import write_tokenizer
 from nlm.export.verbs import export, import_folder
 from nlm.model import Transformer
+from nlm.train import train
 
 MakeConfig = Callable[..., Config]
 
@@ -428,6 +429,33 @@ def test_the_verbs(run_config: MakeConfig, shard: str, tmp_path: Path, capsys: p
     assert main(["export", str(start), str(tmp_path / "plain"), "--format", "torch"]) == 0
     assert load_file(tmp_path / "plain" / "model.safetensors").keys() == model.state_dict().keys()
     assert main(["export", str(start), str(tmp_path / "bad"), "--format", "onnx"]) == 2
+
+
+@pytest.mark.parametrize(
+    "keys", [NATIVE["glm4-peri"], {"weight_norm": "spectral"}, {"norm": "powernorm"}], ids=["glm4", "spectral", "power"]
+)
+def test_a_run_begins_with_the_weights_of_a_checkpoint(
+    keys: dict[str, Any], run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Of a Hugging Face folder too; one step at no learning rate leaves them as they are."""
+    config = run_config("run", keys)
+    model = moved(config)
+    if keys in NATIVE.values():
+        huggingface.write(model, config, None, tmp_path)
+        import_folder(tmp_path, tmp_path / "start", [f"data.train={config.data.train}"])
+        keys = load_checkpoint(tmp_path / "start")[1].model.model_dump()
+    else:
+        save_checkpoint(tmp_path / "start", model, config)
+    start = {"start": str(tmp_path / "start")}
+    optim = {"lr": 1e-20, "weight_decay": 0.0}
+    after, _ = load_checkpoint(checkpoints(train(run_config("run", keys, train={"steps": 1} | start, optim=optim)))[0])
+    for name, parameter in model.named_parameters():
+        assert torch.equal(after.get_parameter(name), parameter), name
+    if keys.get("norm") == "powernorm":  # the running square moves by a tenth at a step, by its warmup by two
+        phi, before = ((m.state_dict()["final.phi"]) for m in (after, model))
+        assert (phi - before).abs().max() < 0.5 * (before - 1).abs().max()
+    with pytest.raises(ValueError, match=r"model\.rope_base: train\.start has 10000\.0"):
+        train(run_config("other", keys | {"rope_base": 1e3}, train={"steps": 1} | start))
 
 
 def test_a_runs_tokenizer_is_that_which_made_its_data(
