@@ -25,7 +25,7 @@ class Import(NamedTuple):
 
 
 class Source:
-    """A module's text and what its top level binds. `text` by default is that of an installed module, not imported."""
+    """A module's text and what its top level binds."""
 
     def __init__(self, module: str, text: str) -> None:
         self.module, self.lines = module, text.splitlines()
@@ -76,6 +76,7 @@ class Source:
 
 @cache
 def installed(module: str) -> Source:
+    """Read, not imported."""
     spec = find_spec(module)
     assert spec is not None and spec.origin is not None, f"{module} has no source"
     return Source(module, Path(spec.origin).read_text(encoding="utf-8"))
@@ -91,11 +92,9 @@ def home(module: str, name: str) -> Import:
 def bundle(entry: str, text: str) -> dict[str, str]:
     """File names -> their texts: ENTRY.py, which is `text` with its imports made relative, and what it refers to."""
     first = Source(entry, text)
-    sources, kept, imports = (
-        {entry: first},
-        defaultdict[str, set[str]](set),
-        defaultdict[str, set[tuple[str, Import]]](set),
-    )
+    sources = {entry: first}
+    kept: defaultdict[str, set[str]] = defaultdict(set)
+    imports: defaultdict[str, set[tuple[str, Import]]] = defaultdict(set)
     pending: list[Definition] = [(entry, name) for name in first.nodes]
     while pending:
         module, name = pending.pop()
@@ -130,7 +129,5 @@ def _written(source: Source, kept: set[str], imports: set[tuple[str, Import]]) -
     for module, names in by_module.items():
         where = f".{flat(module)}" if module.partition(".")[0] == PACKAGE else module
         lines.append(f"from {where} import {', '.join(names)}")
-    statements = {id(node): node for name, node in source.nodes.items() if name in kept}
-    return (
-        "\n\n".join([source.docstring, "\n".join(lines), *(source.text(node) for node in statements.values())]) + "\n"
-    )
+    statements = [source.text(node) for name, node in source.nodes.items() if name in kept]
+    return "\n\n\n".join([source.docstring + "\n\n" + "\n".join(lines), *statements]) + "\n"

@@ -348,6 +348,10 @@ def test_tokenizers_make_the_same_ids_and_texts(kind: str, plays: list[Path], tm
     assert write_tokenizer(spec, folder) == ours.eod
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs.eos_token_id == ours.eod
+    likewise = []
+    for architecture in HUGGING_FACE:  # whose own tokenizers transformers might think of
+        (folder / "config.json").write_text(json.dumps({"model_type": architecture.name}))
+        likewise.append(AutoTokenizer.from_pretrained(folder))
     text = plays[1].read_text()
     texts = [text[i : i + 997] for i in range(0, len(text), 997)]
     texts += [
@@ -362,6 +366,7 @@ def test_tokenizers_make_the_same_ids_and_texts(kind: str, plays: list[Path], tm
     for one, ids in zip(texts, ours.encode(texts), strict=True):
         assert theirs(one)["input_ids"] == ids.tolist()
         assert theirs.decode(ids.tolist()) == ours.decode(ids)
+    assert all(one(texts)["input_ids"] == theirs(texts)["input_ids"] for one in likewise)
 
 
 def trained_tokenizer(text: Path, path: Path) -> Path:
