@@ -84,9 +84,10 @@ def installed(module: str) -> Source:
 
 def home(module: str, name: str) -> Import:
     """Where a name that is imported from a module is defined, through all that pass it on."""
-    while module.partition(".")[0] == PACKAGE and (further := installed(module).imports.get(name)):
-        module, name = further.module, further.name or name
-    return Import(module, name)
+    meant = Import(module, name)
+    while _is_ours(meant) and (further := installed(meant.module).imports.get(name)):
+        meant, name = further, further.name or name
+    return meant
 
 
 def bundle(entry: str, text: str) -> dict[str, str]:
@@ -109,7 +110,7 @@ def bundle(entry: str, text: str) -> dict[str, str]:
         if meant.name is not None:
             meant = home(meant.module, meant.name)
         imports[module].add((name, meant))
-        if meant.name is not None and meant.module.partition(".")[0] == PACKAGE:
+        if meant.name is not None and _is_ours(meant):
             pending.append((meant.module, meant.name))
     return {f"{flat(module)}.py": _written(sources[module], kept[module], imports[module]) for module in kept}
 
@@ -119,15 +120,19 @@ def flat(module: str) -> str:
 
 
 def _written(source: Source, kept: set[str], imports: set[tuple[str, Import]]) -> str:
-    by_module = defaultdict[str, list[str]](list)
+    by_module: defaultdict[str, list[str]] = defaultdict(list)
     lines = []
-    for name, meant in sorted(imports, key=str):
-        if meant.name is None:
-            lines.append(f"import {meant.module}" + (f" as {name}" if name != meant.module else ""))
+    for name, (module, its_name) in sorted(imports, key=lambda pair: (_is_ours(pair[1]), pair[1].module, pair[0])):
+        if its_name is None:
+            lines.append(f"import {module}" + (f" as {name}" if name != module else ""))
         else:
-            by_module[meant.module].append(meant.name if name == meant.name else f"{meant.name} as {name}")
+            by_module[module].append(its_name if name == its_name else f"{its_name} as {name}")
     for module, names in by_module.items():
-        where = f".{flat(module)}" if module.partition(".")[0] == PACKAGE else module
+        where = f".{flat(module)}" if _is_ours(Import(module, None)) else module
         lines.append(f"from {where} import {', '.join(names)}")
     statements = [source.text(node) for name, node in source.nodes.items() if name in kept]
     return "\n\n\n".join([source.docstring + "\n\n" + "\n".join(lines), *statements]) + "\n"
+
+
+def _is_ours(meant: Import) -> bool:
+    return meant.module.partition(".")[0] == PACKAGE
