@@ -82,14 +82,6 @@ def installed(module: str) -> Source:
     return Source(module, Path(spec.origin).read_text(encoding="utf-8"))
 
 
-def home(module: str, name: str) -> Import:
-    """Where a name that is imported from a module is defined, through all that pass it on."""
-    meant = Import(module, name)
-    while _is_ours(meant) and (further := installed(meant.module).imports.get(name)):
-        meant, name = further, further.name or name
-    return meant
-
-
 def bundle(entry: str, text: str) -> dict[str, str]:
     """File names -> their texts: ENTRY.py, which is `text` with its imports made relative, and what it refers to."""
     first = Source(entry, text)
@@ -107,8 +99,6 @@ def bundle(entry: str, text: str) -> dict[str, str]:
             pending += [(module, other) for other in source.names(source.nodes[name])]
             continue
         meant = source.imports[name]
-        if meant.name is not None:
-            meant = home(meant.module, meant.name)
         imports[module].add((name, meant))
         if meant.name is not None and _is_ours(meant):
             pending.append((meant.module, meant.name))

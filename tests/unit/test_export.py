@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -55,7 +56,10 @@ NATIVE: dict[str, dict[str, Any]] = {
     "gpt2-tied": {"bias": True, "activation": "relu", "position": "learned", "tied": True},
 }
 BY_HAND: dict[str, dict[str, Any]] = {
-    **{f"scheme-{name}": {"scheme": {"name": name}} for name in SCHEMES},
+    # With all that Llama has, and GLM-4, but for the scheme.
+    **{f"scheme-{name}": NATIVE["llama"] | {"scheme": {"name": name}} for name in SCHEMES if name != "pre_ln"},
+    "scheme-pre_ln": NATIVE["llama"] | {"head_bias": True},
+    "scheme-peri-embed": NATIVE["glm4-peri"] | {"scheme": {"name": "peri_ln"}},
     **{f"norm-{name}": {"norm": {"name": name}, "head_bias": True} for name in NORMS if name != "batchnorm"},
     **{f"score-{name}": {"attention": {"score": name}, "n_kv_heads": 2} for name in SCORES},
     **{f"weights-{name}": {"weight_norm": name} for name in WEIGHT_NORMS},
@@ -366,6 +370,10 @@ def test_tokenizers_make_the_same_ids_and_texts(kind: str, plays: list[Path], tm
     for one, ids in zip(texts, ours.encode(texts), strict=True):
         assert theirs(one)["input_ids"] == ids.tolist()
         assert theirs.decode(ids.tolist()) == ours.decode(ids)
+    assert (
+        tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+        == ours.encode([text])[0].tolist()
+    )
     assert all(one(texts)["input_ids"] == theirs(texts)["input_ids"] for one in likewise)
 
 
