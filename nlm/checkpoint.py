@@ -232,6 +232,30 @@ def resume(path: Path, engine: Engine, corpus: Corpus, guard: Guard) -> int:
     return saved_step(path)
 
 
+def start_from(path: Path, engine: Engine) -> None:
+    """Puts the weights of a checkpoint, which may have nothing else, into a run that begins, in any layout."""
+    pieces = engine.pieces.held
+    buffers = (_whole(name, tensor) for name, tensor in engine.model_state.items())
+    _read(path, [*(_rectangle(h.name, h, h.tensor) for h in pieces), *buffers])
+    engine.start_after(0)
+    engine.goes_on()
+
+
+def refuse_other_model(path: Path, config: Config) -> None:
+    """Errors: ConfigError naming every key that makes another model than the checkpoint's of what is to start from."""
+    saved, now = checkpoint_config(path), config
+    was, is_now = (c.model.model_dump() | {"seq_len": c.train.seq_len} for c in (saved, now))
+    left_open = {"init", "stochastic_depth"} | ({"seq_len"} if now.model.position != "learned" else set())
+    problems = [
+        f"{'train' if key == 'seq_len' else 'model'}.{key}: train.start has {was[key]!r}, the config {is_now[key]!r}; "
+        "set it to that, or start from another checkpoint"
+        for key in was
+        if was[key] != is_now[key] and key not in left_open
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 def refuse_changed_model(path: Path, config: Config) -> None:
     """Errors: ConfigError naming every key that would make another model, or other data, of the checkpoint's run."""
     saved, now = checkpoint_config(path).model_dump(), config.model_dump()

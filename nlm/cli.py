@@ -153,6 +153,21 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores})")
     tokenize.set_defaults(run=_tokenize)
 
+    export = verbs.add_parser("export", help="write a checkpoint's model for transformers, Megatron or plain torch")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="RUN/checkpoints/step-00000100")
+    export.add_argument("out", metavar="OUT", help="a folder that is not there yet")
+    export.add_argument(
+        "--format", default="huggingface", metavar="NAME", help="huggingface (default), megatron, torch"
+    )
+    export.add_argument("--tokenizer", metavar="NAME", help="byte, FILE.model, FILE.json or none; default: the data's")
+    export.set_defaults(run=_export)
+
+    import_ = verbs.add_parser("import", help="make a checkpoint of a Hugging Face folder")
+    import_.add_argument("folder", metavar="DIR", help="config.json and safetensors")
+    import_.add_argument("out", metavar="OUT", help="the checkpoint, a folder that is not there yet")
+    import_.add_argument("overrides", nargs="*", metavar="key=value", help="of its config, such as train.seq_len=2048")
+    import_.set_defaults(run=_import)
+
     report = verbs.add_parser(
         "report", help="one page of what runs did: losses, heat maps over layers, what stands out"
     )
@@ -308,6 +323,19 @@ def _generate(options: argparse.Namespace) -> None:
                 print(json.dumps(facts | {"log_prob": text.log_prob, "ended": text.ended}, ensure_ascii=False))
             else:
                 print(f"{prompt}{text.text}" if one else f"--- {i + 1}.{j + 1}\n{prompt}{text.text}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from nlm.export.verbs import export
+
+    print(f"{options.out}: {export(options.checkpoint, options.out, options.format, options.tokenizer)}")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from nlm.export.verbs import import_folder
+
+    import_folder(options.folder, options.out, options.overrides)
+    print(options.out)
 
 
 def _tokenize(options: argparse.Namespace) -> None:

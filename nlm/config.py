@@ -157,9 +157,12 @@ class TrainConfig(Section):
 
     `sparse_softmax_k`: the training loss is that of a softmax over the k largest logits only. It is lower than the true
     one, by which validation goes. `masked_share`: of the tokens, those that an encoder is to predict.
+
+    `start`: a checkpoint with whose weights the run begins, in the place of random ones; nothing else is taken from it.
     """
 
     steps: PositiveInt
+    start: str | None = None
     stop_after: PositiveInt | None = None
     max_minutes: PositiveFloat | None = None
     batch_tokens: PositiveInt
@@ -447,7 +450,12 @@ class Config(Section):
 def read_table(path: str | Path, overrides: Iterable[str] = ()) -> Table:
     """The merged, not yet validated table of a config file. Errors: ConfigError."""
     path = Path(path)
-    table = _read_file(path, seen=())
+    table = overridden(_read_file(path, seen=()), overrides)
+    return _merge({"log": {"dir": f"runs/{path.stem}"}}, table)
+
+
+def overridden(table: Table, overrides: Iterable[str]) -> Table:
+    """With "a.b=value" in the place of what the table has. Errors: ConfigError for one that is not of that form."""
     problems = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -460,7 +468,7 @@ def read_table(path: str | Path, overrides: Iterable[str] = ()) -> Table:
         table = _merge(table, leaf)
     if problems:
         raise ConfigError(problems)
-    return _merge({"log": {"dir": f"runs/{path.stem}"}}, table)
+    return table
 
 
 def describe(problems: Iterable[ErrorDetails], prefix: str = "") -> Iterable[str]:

@@ -12,7 +12,16 @@ import torch
 
 from nlm.batch import Batch
 from nlm.build import build_engine
-from nlm.checkpoint import Checkpointer, checkpoints, refuse_changed_data, refuse_changed_model, resume, saved_step
+from nlm.checkpoint import (
+    Checkpointer,
+    checkpoints,
+    refuse_changed_data,
+    refuse_changed_model,
+    refuse_other_model,
+    resume,
+    saved_step,
+    start_from,
+)
 from nlm.config import Config
 from nlm.data.corpus import Corpus
 from nlm.data.rank import RankData
@@ -72,6 +81,8 @@ class Run:
 def _train(config: Config, mesh: Mesh, stop: StopRequest, step_ended: Callable[[], None]) -> str | None:
     """-> why it ended early, if it did."""
     folder, data = Path(config.log.dir), RankData(config, mesh)
+    if begins_with := config.train.start if not checkpoints(folder) else None:
+        refuse_other_model(Path(begins_with), config)
     for checkpoint in checkpoints(folder)[-1:]:
         refuse_changed_model(checkpoint, config)
         refuse_changed_data(checkpoint, data.corpus, config)
@@ -83,6 +94,8 @@ def _train(config: Config, mesh: Mesh, stop: StopRequest, step_ended: Callable[[
     keep_freed_memory()
     torch.manual_seed(config.train.seed)
     engine, guard = build_engine(settled(config, mesh.device), mesh), Guard(config.faults, mesh.device)
+    if begins_with is not None:
+        start_from(Path(begins_with), engine)
     statistics = LayerStatistics(engine, config.statistics) if config.statistics.enabled else None
     faults = Faults(folder, writes=mesh.speaks)
     run = Run(folder, config, mesh, data, engine, guard, faults, statistics, stop, step_ended)

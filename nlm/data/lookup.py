@@ -24,7 +24,7 @@ def find_tokenizer(data: DataConfig) -> str:
     different = {tokenizer_sha256(spec): spec for spec in specs}
     if len(different) > 1:
         raise ValueError(f"data.train: its sources have different tokenizers, {', '.join(sorted(specs))}; {GIVE}")
-    return specs.pop()
+    return min(specs)
 
 
 def _of_shard(prefix: Path) -> str:

@@ -78,7 +78,12 @@ class Engine(ABC):
     def shared(self) -> dict[str, Tensor]:
         """By name, the state that every rank has as a whole."""
         continual = self._continual.shared if self._continual else {}
-        return self.optimizer.shared | continual | self._weight_norms.shared | self._running.shared
+        return self.optimizer.shared | continual | self.model_state
+
+    @property
+    def model_state(self) -> dict[str, Tensor]:
+        """What of that belongs to the model, which has it under the same names."""
+        return self._weight_norms.shared | self._running.shared
 
     def goes_on(self) -> None:
         """After parameters and state have been read."""

@@ -76,6 +76,8 @@ class Slot(Equation):
 Growth = Literal["constant", "linear", "logarithmic", "exponential"]
 """How the variance of the stream goes up the stack: not at all, a + c · layer, a + c · (1 + 1/2 + … + 1/layer), or by
 the same factor at every layer."""
+NormPlace = Literal["before", "after", "around"]
+"""Of the norms of a block: x + f(norm(x)), x + norm(f(x)) or x + norm_out(f(norm_in(x))), named so."""
 Slots = Mapping[str, Slot | Norm]
 """What goes into which slot; a slot that is not named stays empty."""
 
@@ -101,6 +103,12 @@ class Scheme(ABC):
         """Whether its norms stand between the stream and linear layers, f(norm(x)) and the head, and nowhere else, so
         that these can take them in."""
         return False
+
+    @property
+    def norm_place(self) -> NormPlace | None:
+        """Where its norms stand if, in every layer and attention first, that is all there is to its forward but a norm
+        before the head: such a model has equals in other libraries (nlm.export)."""
+        return None
 
     @abstractmethod
     def residual(self, site: Site) -> Residual:

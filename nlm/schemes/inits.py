@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nlm.anatomy import READS, WRITES, Group, Kind, Role, Site, Weight
-from nlm.schemes.base import Residual, Scheme, Slots, xavier
+from nlm.schemes.base import NormPlace, Residual, Scheme, Slots, xavier
 from nlm.weight_norms import MakeWeightNorm
 
 
@@ -28,6 +28,10 @@ class Init(Scheme):
     @property
     def folds(self) -> bool:
         return self.scheme.folds
+
+    @property
+    def norm_place(self) -> NormPlace | None:
+        return self.scheme.norm_place
 
     def residual(self, site: Site) -> Residual:
         return self.scheme.residual(site)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nlm.anatomy import Group, Role, Site, Weight
-from nlm.schemes.base import Branch, Norm, Residual, Scheme, Slots
+from nlm.schemes.base import Branch, Norm, NormPlace, Residual, Scheme, Slots
 
 
 def output_norm(x: Tensor, f: Branch, norm: Branch) -> Tensor:
@@ -18,6 +18,10 @@ def output_norm(x: Tensor, f: Branch, norm: Branch) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class OLMo2(Scheme):
     """Everything decays but the embedding, the gains of norms too, as in the authors' training scripts."""
+
+    @property
+    def norm_place(self) -> NormPlace | None:
+        return "after"
 
     def residual(self, site: Site) -> Residual:
         return Residual(output_norm, branch_end="norm", norm=Norm())

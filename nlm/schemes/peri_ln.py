@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nlm.anatomy import Site
-from nlm.schemes.base import Branch, Norm, Residual, Scheme, Slots
+from nlm.schemes.base import Branch, Norm, NormPlace, Residual, Scheme, Slots
 
 
 def peri_ln(x: Tensor, f: Branch, norm_in: Branch, norm_out: Branch) -> Tensor:
@@ -20,6 +20,10 @@ class PeriLN(Scheme):
     """
 
     embed_norm: bool = True
+
+    @property
+    def norm_place(self) -> NormPlace | None:
+        return None if self.embed_norm else "around"
 
     def residual(self, site: Site) -> Residual:
         return Residual(peri_ln, branch_end="norm_out", norm_in=Norm(), norm_out=Norm())

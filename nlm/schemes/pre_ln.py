@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nlm.anatomy import WRITES, Site, Weight
-from nlm.schemes.base import Branch, Norm, Residual, Scheme, Slots
+from nlm.schemes.base import Branch, Norm, NormPlace, Residual, Scheme, Slots
 
 
 def pre_ln(x: Tensor, f: Branch, norm: Branch) -> Tensor:
@@ -22,6 +22,10 @@ class PreLN(Scheme):
     @property
     def folds(self) -> bool:
         return True
+
+    @property
+    def norm_place(self) -> NormPlace | None:
+        return "before"
 
     def residual(self, site: Site) -> Residual:
         return Residual(pre_ln, norm=Norm())

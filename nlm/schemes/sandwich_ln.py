@@ -6,7 +6,7 @@ The blocks of Peri-LN, four years earlier, with no norm on the embedding.
 from dataclasses import dataclass
 
 from nlm.anatomy import Site
-from nlm.schemes.base import Norm, Residual, Scheme, Slots
+from nlm.schemes.base import Norm, NormPlace, Residual, Scheme, Slots
 from nlm.schemes.peri_ln import peri_ln
 
 
@@ -14,6 +14,10 @@ from nlm.schemes.peri_ln import peri_ln
 class SandwichLN(Scheme):
     """CogView divides the norms' inputs by their largest number first, against overflow in float16: norms here are
     taken in float32."""
+
+    @property
+    def norm_place(self) -> NormPlace | None:
+        return "around"
 
     def residual(self, site: Site) -> Residual:
         return Residual(peri_ln, branch_end="norm_out", norm_in=Norm(), norm_out=Norm())
