@@ -106,6 +106,12 @@ class ShardSource:
                     starts[row, shard.starts(first, first + width) - first] = True
         return Rows(tokens, starts)
 
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the text that all tokens were, where the shards state it."""
+        sizes = [shard.facts().get("bytes") for shard in self._shards]
+        return None if None in sizes else sum(map(int, sizes)) / self.n_tokens
+
     def epochs(self, rows: int) -> float:
         return rows / self.n_rows
 
