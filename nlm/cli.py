@@ -156,6 +156,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="instead of RUN/evaluation/step-00000100.json")
     evaluate.set_defaults(run=_evaluate)
 
+    layers = verbs.add_parser("layers", help="what each layer of a checkpoint does, and the loss without it")
+    layers.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step-00000100")
+    _add_text(layers)
+    layers.add_argument("--window", type=int, metavar="N", help="tokens of context (train.seq_len)")
+    layers.add_argument("--tokens", type=int, default=1024, metavar="N", help="of whole windows (1024)")
+    layers.add_argument("--every", type=int, default=1, metavar="K", help="skips every K-th layer only (1)")
+    layers.add_argument(
+        "--threshold", type=float, default=1e-3, metavar="X", help="a layer does nothing below this, in nats (0.001)"
+    )
+    layers.add_argument("--json", type=Path, metavar="FILE", help="instead of RUN/evaluation/step-…-layers.json")
+    layers.set_defaults(run=_layers)
+
     verify = verbs.add_parser("verify", help="read all of a checkpoint and compare it with its checksums")
     verify.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step-00000100")
     verify.set_defaults(run=_verify)
@@ -298,6 +310,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     names = "data text_field tokenizer window stride tokens tasks include_path limit rows"
     asked = Asked(**{name: getattr(options, name) for name in names.split()})
     evaluate(paths, asked, overrides, options.json, options.follow)
+
+
+def _layers(options: argparse.Namespace) -> None:
+    from nlm.evaluate.depth_report import layers, save, text
+
+    names = "data text_field tokenizer window tokens every threshold"
+    found = layers(options.checkpoint, **{name: getattr(options, name) for name in names.split()})
+    print(text(found))
+    for path in save(found, options.checkpoint, options.json):
+        print(path)
 
 
 def _divided(options: argparse.Namespace) -> tuple[list[Path], list[str]]:

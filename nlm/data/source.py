@@ -109,8 +109,8 @@ class ShardSource:
     @property
     def bytes_per_token(self) -> float | None:
         """Of the text that all tokens were, where the shards state it."""
-        sizes = [shard.facts().get("bytes") for shard in self._shards]
-        return None if None in sizes else sum(map(int, sizes)) / self.n_tokens
+        stated = [facts["bytes"] for shard in self._shards if "bytes" in (facts := shard.facts())]
+        return sum(stated) / self.n_tokens if len(stated) == len(self._shards) else None
 
     def epochs(self, rows: int) -> float:
         return rows / self.n_rows
