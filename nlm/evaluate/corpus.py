@@ -74,7 +74,8 @@ class Corpus:
         for some in batched(texts) if self.coder else ():
             assert self.coder is not None
             for text, ids in zip(some, self.coder.encode(some), strict=True):
-                yield Document(np.append(ids, self.coder.eod), len(text.encode()))
+                if ids.size:
+                    yield Document(np.append(ids, self.coder.eod), len(text.encode()))
 
 
 def n_bytes(tokens: NDArray[np.integer], coder: Tokenizer | None) -> int | None:
