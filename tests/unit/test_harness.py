@@ -91,7 +91,7 @@ def checkpoint(run_config: Callable[..., Config], lines: list[str], tmp_path: Pa
     (tmp_path / "text.txt").write_text("".join(lines))
     tokenize([str(tmp_path / "text.txt")], str(tmp_path / "shard"), str(tmp_path / "tokens.json"), None)
     sections: dict[str, dict[str, Any]] = {
-        "train": {"steps": 60, "batch_tokens": 4 * CONTEXT, "seq_len": CONTEXT},
+        "train": {"steps": 150, "batch_tokens": 8 * CONTEXT, "seq_len": CONTEXT},
         "optim": {"lr": 1e-2},
         "data": {"train": str(tmp_path / "shard")},
         "statistics": {"enabled": False},
@@ -130,13 +130,18 @@ def theirs(checkpoint: Path, tmp_path: Path) -> HFLM:
     return HFLM(pretrained=llama.eval(), tokenizer=tokenizer, batch_size=2, device="cpu", max_length=CONTEXT)
 
 
+def begun(lines: list[str], i: int) -> str:
+    """Text that ends in the middle of a line."""
+    return "".join(lines[i : i + 1 + i % 4])[: -8 - i]
+
+
 def write_tasks(folder: Path, lines: list[str], targets: list[str]) -> None:
     """Some contexts longer than the model's, some empty."""
     n = 12
     choices = [
         {
             "context": "".join(lines[i : i + i % 4]),
-            "choices": [lines[i + i % 4], lines[i + 50], "Ay.\n"],
+            "choices": [lines[i + i % 4], lines[i + 50], lines[i + 90]],
             "answer": i % 2,
         }
         for i in range(n)
@@ -144,7 +149,7 @@ def write_tasks(folder: Path, lines: list[str], targets: list[str]) -> None:
     documents = {
         "next_line": choices,
         "scenes": [{"text": "".join(lines[9 * i : 9 * i + 2 * i + 1])} for i in range(4)],
-        "go_on": [{"context": "".join(lines[i : i + 1 + i % 4]), "target": targets[i]} for i in range(len(targets))],
+        "go_on": [{"context": begun(lines, i), "target": target} for i, target in enumerate(targets)],
     }
     folder.mkdir(exist_ok=True)
     for name, body in TASKS.items():
@@ -174,7 +179,7 @@ def test_the_same_metrics_as_the_harness_itself(
     asked = [Instance("generate_until", {}, (), 0) for _ in range(8)]
     options = {"until": ["\n", "nd"], "max_gen_toks": 16, "do_sample": False}
     for i, instance in enumerate(asked):
-        instance.arguments = ("".join(lines[i : i + 1 + i % 4]), options)
+        instance.arguments = (begun(lines, i), options)
     said = theirs.generate_until(asked)
     write_tasks(folder, lines, [text if i % 2 else "nothing" for i, text in enumerate(said)])
     config = evaluation_config(checkpoint)
