@@ -39,7 +39,8 @@ class Harness(TemplateLM):  # type: ignore[misc]
     """An `inference` and its tokenizer or, for the harness's own command, a `checkpoint` in one process.
 
     Contexts are `window` tokens long at most, and lose their beginning; the mark that ends a document stands where a
-    text has no context.
+    text has no context. `device` is what the command names even where there is none such: the model is on this rank's
+    GPU or on the CPU, as everywhere in nlm.
     """
 
     def __init__(
@@ -59,8 +60,6 @@ class Harness(TemplateLM):  # type: ignore[misc]
         if inference is None or coder is None:
             if checkpoint is None:
                 raise ValueError("expected checkpoint=RUN/checkpoints/step-…")
-            if device not in (None, str(pick_device()), pick_device().type):
-                raise ValueError(f"device: expected none, it is {pick_device()}, got {device!r}")
             rows = int(batch_size) if batch_size and str(batch_size).isdecimal() else None
             config = evaluation_config(Path(checkpoint), (), rows)
             if (spec := tokenizer_of(config, tokenizer)) is None:
