@@ -402,7 +402,7 @@ class LogConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Validation loss, and what else it is called, over the first `batches` batches of `train.batch_tokens`, every `every` steps (0: only after
+    """Validation loss over the first `batches` batches of `train.batch_tokens`, every `every` steps (0: only after
     the last)."""
 
     every: NonNegativeInt = 0
