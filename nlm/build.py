@@ -34,7 +34,7 @@ from nlm.norms import NORMS
 from nlm.norms.batch import BatchStatistics
 from nlm.optim import OPTIMIZERS
 from nlm.parallel.compile import compile_model, refuse_missing_kernels
-from nlm.parallel.engine import Engine, WholeEngine
+from nlm.parallel.engine import Engine, Inference, WholeEngine
 from nlm.parallel.pipeline import PipelineEngine, split, stages_of
 from nlm.parallel.recompute import recompute
 from nlm.parallel.shard import shard
@@ -142,6 +142,14 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
 
         return DeepSpeedEngine(config, mesh, model)
     return WholeEngine(config, mesh, model)
+
+
+def build_inference(config: Config, mesh: Mesh) -> Inference:
+    """The model in the layout of the config, which has no pipeline, without what training takes; initialized."""
+    refuse_missing_kernels(config.parallel, mesh.device)
+    values = calibration(config, config.train.seed)
+    model = prepare(design(config, mesh.tp, data=mesh.data), config, mesh, values)
+    return Inference(config, mesh, [model], model)
 
 
 def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str, float | Tensor]) -> Transformer:

@@ -188,8 +188,13 @@ def load_checkpoint(path: str | Path) -> tuple[Transformer, Config]:
     path = Path(path)
     config = checkpoint_config(path)
     model = build_model(config)
-    _read(path, _tensors(model))
+    read_model(path, model)
     return model.eval(), config
+
+
+def read_model(path: Path, model: Transformer) -> None:
+    """Fills what this rank holds of a model, in any layout. Errors: ValueError when it is missing or damaged."""
+    _read(path, _tensors(model))
 
 
 def save_checkpoint(path: str | Path, model: Transformer, config: Config) -> None:
@@ -297,10 +302,15 @@ def differences(saved: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def _tensors(model: Transformer) -> list[Rectangle]:
-    """Parameters and buffers of a whole model, without optimizer state."""
+    """What this rank holds of a model's parameters and buffers, without optimizer state."""
     parameters = {h.name: h for h in held(model)}
-    kept = (_whole(name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
-    return [*(_rectangle(name, h, h.tensor) for name, h in parameters.items()), *kept]
+    tensors = [_rectangle(name, h, h.tensor) for name, h in parameters.items()]
+    for name, tensor in model.state_dict().items():
+        if name not in parameters:
+            owner, _, buffer = name.rpartition(".")
+            (span,) = model.get_submodule(owner).spans[buffer]  # type: ignore[index, misc]
+            tensors.append(Rectangle(name, (span.full,), (span.start,), tensor))
+    return tensors
 
 
 def _rectangles(engine: Engine) -> Iterator[Rectangle]:

@@ -175,6 +175,35 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="default: report")
     report.set_defaults(run=_report)
 
+    evaluate = verbs.add_parser("evaluate", help="losses of checkpoints on text, and tasks of lm-evaluation-harness")
+    evaluate.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="RUN/checkpoints/step-00000100, or RUN: all of its"
+    )
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="of [parallel], or train.precision")
+    _add_text(evaluate)
+    evaluate.add_argument("--window", type=int, metavar="N", help="tokens of context at most (train.seq_len)")
+    evaluate.add_argument("--stride", type=int, metavar="N", help="from a window to the next (half a window)")
+    evaluate.add_argument("--tokens", type=int, metavar="N", help="predicts only the first so many of the data")
+    evaluate.add_argument("--tasks", type=_comma_list, default=(), metavar="A,B,…", help="of lm-evaluation-harness")
+    evaluate.add_argument("--include-path", metavar="DIR", help="of the YAML files of tasks; no others are known then")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="examples of a task")
+    evaluate.add_argument("--rows", type=int, metavar="N", help="windows at a time on a rank (a microbatch's)")
+    evaluate.add_argument("--follow", action="store_true", help="goes on with what a RUN saves until it ends")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="instead of RUN/evaluation/step-00000100.json")
+    evaluate.set_defaults(run=_evaluate)
+
+    layers = verbs.add_parser("layers", help="what each layer of a checkpoint does, and the loss without it")
+    layers.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step-00000100")
+    _add_text(layers)
+    layers.add_argument("--window", type=int, metavar="N", help="tokens of context (train.seq_len)")
+    layers.add_argument("--tokens", type=int, default=1024, metavar="N", help="of whole windows (1024)")
+    layers.add_argument("--every", type=int, default=1, metavar="K", help="skips every K-th layer only (1)")
+    layers.add_argument(
+        "--threshold", type=float, default=1e-3, metavar="X", help="a layer does nothing below this, in nats (0.001)"
+    )
+    layers.add_argument("--json", type=Path, metavar="FILE", help="instead of RUN/evaluation/step-…-layers.json")
+    layers.set_defaults(run=_layers)
+
     verify = verbs.add_parser("verify", help="read all of a checkpoint and compare it with its checksums")
     verify.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step-00000100")
     verify.set_defaults(run=_verify)
@@ -182,6 +211,18 @@ def _parser() -> argparse.ArgumentParser:
     schemes = verbs.add_parser("schemes", help="list the normalization schemes, with their fields")
     schemes.set_defaults(run=_schemes)
     return parser
+
+
+def _add_text(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--data", nargs="+", default=(), metavar="DATA", help="token shards, or text as of tokenize (data.validation)"
+    )
+    verb.add_argument("--text-field", default="text", metavar="NAME", help="of JSONL and parquet (text)")
+    verb.add_argument("--tokenizer", metavar="FILE", help="of the run, where it is not beside the run's data")
+
+
+def _comma_list(words: str) -> list[str]:
+    return words.split(",")
 
 
 # Each verb imports what it needs when it runs: `nlm --help` and a bad config answer at once.
@@ -292,7 +333,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.prompts and options.file:
         raise ValueError("--file: expected prompts or a file of them, got both; leave one out")
     model, config = load_checkpoint(options.checkpoint)
-    tokenizer = load_tokenizer(options.tokenizer or find_tokenizer(config.data))
+    tokenizer = load_tokenizer(find_tokenizer(config.data, options.tokenizer))
     prompts = options.prompts or read_prompts(options.file)
     one = len(prompts) == 1 and options.n == 1 and not options.json
     streams = one and options.beams is None
@@ -355,6 +396,32 @@ def _report(options: argparse.Namespace) -> None:
 
     for picture in report(options.runs, options.out):
         print(picture)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from nlm.evaluate.run import Asked, evaluate
+
+    paths, overrides = _divided(options)
+    names = "data text_field tokenizer window stride tokens tasks include_path limit rows"
+    asked = Asked(**{name: getattr(options, name) for name in names.split()})
+    evaluate(paths, asked, overrides, options.json, options.follow)
+
+
+def _layers(options: argparse.Namespace) -> None:
+    from nlm.evaluate.depth_report import layers, save, text
+
+    names = "data text_field tokenizer window tokens every threshold"
+    found = layers(options.checkpoint, **{name: getattr(options, name) for name in names.split()})
+    print(text(found))
+    for path in save(found, options.checkpoint, options.json):
+        print(path)
+
+
+def _divided(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
+    """argparse gives all to the first of two lists -> checkpoints, and overrides."""
+    words = [*options.checkpoints, *options.overrides]
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    return [Path(word) for word in words if word not in overrides], overrides
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from nlm.checkpoint import (
 from nlm.config import Config
 from nlm.data.corpus import Corpus
 from nlm.data.rank import RankData
-from nlm.evaluate.loss import mean_loss
+from nlm.evaluate.loss import also_called, mean_loss
 from nlm.faults import Faults, Rollback
 from nlm.guard import Guard
 from nlm.mesh import Mesh
@@ -148,6 +148,8 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
             scalars |= passes(run.data.corpus, batch)
             if evaluates and (batches := run.data.validation_batches()) is not None:
                 scalars["validation_loss"] = mean_loss(engine, batches)
+                names = also_called(scalars["validation_loss"], run.data.validation_bytes_per_token)
+                scalars |= {f"validation_{name}": value for name, value in names.items()}
             facts = {"batch": batch, "batch_digest": run.data.digest(rows)}
             if log:
                 alarms = monitor.judge(step, vectors) if monitor and vectors else []

@@ -3,43 +3,61 @@
 from pathlib import Path
 
 from nlm.config import DataConfig
-from nlm.data.shards import shard_facts
+from nlm.data.shards import shard_facts, shard_path
 from nlm.data.source import prefixes
-from nlm.data.tokenizer import tokenizer_sha256
+from nlm.data.tokenizer import load_tokenizer, tokenizer_sha256
 
 GIVE = "give the tokenizer with --tokenizer"
 
 
-def find_tokenizer(data: DataConfig) -> str:
-    """What `load_tokenizer` takes. A shard's file is looked for beside it, and must be the one that it was made with.
+def find_tokenizer(data: DataConfig, given: str | None = None) -> str:
+    """What `load_tokenizer` takes: the one `given`, or that of the training data, beside the shards if it is theirs.
 
-    Errors: ValueError where the data state none, or not the same, or the file is not there or another.
+    Errors: ValueError where the data state none, or not the same, the file is not there, or is another, given or not.
     """
-    specs = {
-        spec
-        for source in data.sources
-        for spec in ([source.tokenizer] if source.path is None else map(_of_shard, prefixes(source.path)))
-        if spec is not None
-    }
-    different = {tokenizer_sha256(spec): spec for spec in specs}
-    if len(different) > 1:
+    if given is not None:
+        load_tokenizer(given)
+        there = (path for path in _paths(data) if has_shards(path))
+        stated = {sha256 for path in there for prefix in prefixes(path) for sha256 in _stated(prefix)}
+        if stated and tokenizer_sha256(given) not in stated:
+            raise ValueError(f"--tokenizer: expected the one that the data were made with, got another, {given}")
+        return given
+    specs = {_of_shard(prefix) for path in _paths(data) for prefix in prefixes(path)}
+    specs |= {source.tokenizer for source in data.sources if source.tokenizer is not None}
+    if len({tokenizer_sha256(spec) for spec in specs}) > 1:
         raise ValueError(f"data.train: its sources have different tokenizers, {', '.join(sorted(specs))}; {GIVE}")
     return min(specs)
 
 
-def _of_shard(prefix: Path) -> str:
+def has_shards(path: str) -> bool:
+    """Whether the prefix of a shard, or a directory of them, is there."""
+    return shard_path(path, ".idx").exists() or any(Path(path).glob("*.idx"))
+
+
+def _paths(data: DataConfig) -> list[str]:
+    return [source.path for source in data.sources if source.path is not None]
+
+
+def _stated(prefix: Path) -> list[str | None]:
+    """The SHA-256 of the shard's tokenizer, where it states one."""
     facts = shard_facts(prefix)
-    name = facts.get("tokenizer")
+    return [facts.get("tokenizer_sha256")] if "tokenizer" in facts else []
+
+
+def _of_shard(prefix: Path) -> str:
+    name = shard_facts(prefix).get("tokenizer")
     if not isinstance(name, str):
         raise ValueError(f"{prefix}.json: expected facts of a shard, its tokenizer among them, got none; {GIVE}")
     if name == "byte":
         return name
-    file = prefix.parent / name
-    if not file.is_file():
-        raise ValueError(f"{file}: expected the tokenizer of {prefix}, found no file; {GIVE}")
-    if (sha256 := tokenizer_sha256(str(file))) != facts.get("tokenizer_sha256"):
+    places = (prefix.parent / name, shard_path(prefix, Path(name).suffix))  # a shard may have been renamed
+    files = [str(file) for file in places if file.is_file()]
+    if not files:
+        raise ValueError(f"{places[0]}: expected the tokenizer of {prefix}, found no file; {GIVE}")
+    same = [file for file in files if [tokenizer_sha256(file)] == _stated(prefix)]
+    if not same:
         raise ValueError(
-            f"{file}: expected the tokenizer of {prefix}, with SHA-256 {facts.get('tokenizer_sha256')}, "
-            f"got {sha256}; {GIVE}"
+            f"{files[0]}: expected the tokenizer of {prefix}, with SHA-256 {_stated(prefix)[0]}, "
+            f"got {tokenizer_sha256(files[0])}; {GIVE}"
         )
-    return str(file)
+    return same[0]

@@ -54,6 +54,13 @@ class RankData:
             mine.zero_()
         return int(mesh.sum(mine)) & 0xFFFFFFFF
 
+    @property
+    def validation_bytes_per_token(self) -> float | None:
+        """Of all its text, a decoder's to predict; None where that is not known."""
+        if self._validation is None or self.config.model.is_encoder:
+            return None
+        return self._validation.bytes_per_token
+
     def validation_batches(self) -> Iterator[Batch] | None:
         """At most evaluate.batches of them, in the corpus's order, no token a target twice; the last may be short."""
         source, size = self._validation, self.config.batch_rows

@@ -106,6 +106,12 @@ class ShardSource:
                     starts[row, shard.starts(first, first + width) - first] = True
         return Rows(tokens, starts)
 
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the text that all tokens were, where the shards state it."""
+        stated = [facts["bytes"] for shard in self._shards if "bytes" in (facts := shard.facts())]
+        return sum(stated) / self.n_tokens if len(stated) == len(self._shards) else None
+
     def epochs(self, rows: int) -> float:
         return rows / self.n_rows
 

@@ -95,6 +95,7 @@ def tokenize(
             "eod": coder.eod,
             "documents": written.n_documents,
             "tokens": written.n_tokens,
+            "bytes": journal.bytes,
             "max_token": int(counts.nonzero()[0].max()),
             "unigram_entropy_nats": _entropy_nats(counts),
         }
@@ -174,7 +175,7 @@ def _encode(coder: Tokenizer, work: tuple[Unit, str]) -> Encoded:
     unit, text_field = work
     end = np.array([coder.eod], np.int32)
     tokens, lengths, n_bytes = [end[:0]], [], 0
-    for texts in _batched(text for piece in unit for text in read_documents(piece, text_field)):
+    for texts in batched(text for piece in unit for text in read_documents(piece, text_field)):
         for text, ids in zip(texts, coder.encode(texts), strict=True):
             if ids.size:
                 tokens += ids, end
@@ -183,7 +184,8 @@ def _encode(coder: Tokenizer, work: tuple[Unit, str]) -> Encoded:
     return Encoded(np.concatenate(tokens), np.array(lengths, np.int32), n_bytes)
 
 
-def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
+def batched(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Texts of BATCH_CHARS together; the last may be none."""
     batch, chars = [], 0
     for text in texts:
         batch.append(text)

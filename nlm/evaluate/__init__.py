@@ -1,1 +1,2 @@
-"""What a trained model is worth: validation loss, and the text that it writes."""
+"""What a trained model is worth: losses on text, what its layers do, tasks of lm-evaluation-harness, and the text
+that it writes."""

@@ -1,4 +1,4 @@
-"""What drives the model through a step: forward and backward over the microbatches, and the update."""
+"""What drives the model: forward alone, or a step of forward and backward over the microbatches, and the update."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -24,8 +24,41 @@ from nlm.optim import (
 from nlm.parallel.pieces import Pieces
 
 
-class Engine(ABC):
-    """Drives this rank's parts of the stack, `models`, in step with the other ranks; `whole` describes all of it.
+class Inference:
+    """Takes rows through this rank's parts of the stack, `models`, in step with the other ranks; `whole` describes all
+    of it."""
+
+    def __init__(self, config: Config, mesh: Mesh, models: Sequence[Transformer], whole: Transformer) -> None:
+        self.config, self.mesh, self.models, self.whole = config, mesh, models, whole
+        self.microbatches = config.parallel.microbatches
+        for model in models:
+            model.precision = config.train.precision
+
+    def forward(self, rows: Batch) -> Tensor:
+        """Rows -> [], their summed loss where the last layers are, 0 elsewhere."""
+        return self.models[0](*rows.arguments())  # type: ignore[no-any-return]
+
+    def loss(self, rows: Batch) -> Tensor:
+        """Rows, the same on all ranks -> [], their summed loss, likewise."""
+        size = self.mesh.data_size
+        divides = len(rows) % size == 0
+        mine = rows.chunk(size)[self.mesh.data_rank] if divides else rows
+        parts = mine.to(self.mesh.device).chunk(self.microbatches)
+        for model in self.models:
+            model.eval()
+        share = torch.stack([self.forward(part).double() for part in parts]).sum()
+        for model in self.models:
+            model.train()
+        return self.total(share if divides else share / size)
+
+    def total(self, share: Tensor) -> Tensor:
+        """[] -> []: the sum over all ranks, in float64; tensor parallel ranks all have the same share."""
+        share = share.double() if self.mesh.tp.rank == 0 else torch.zeros_like(share, dtype=torch.float64)
+        return self.mesh.sum(share)
+
+
+class Engine(Inference, ABC):
+    """Drives this rank's parts of the stack, `models`, through training.
 
     A data parallel engine averages gradients over its ranks; each rank's loss is therefore scaled up by their
     number, so that what comes out is the gradient of the mean over all targets of the batch.
@@ -36,7 +69,8 @@ class Engine(ABC):
     def __init__(
         self, config: Config, mesh: Mesh, models: Sequence[Transformer], pieces: Pieces, whole: Transformer
     ) -> None:
-        self.config, self.mesh, self.models, self.pieces, self.whole = config, mesh, models, pieces, whole
+        super().__init__(config, mesh, models, whole)
+        self.pieces = pieces
         say = print if mesh.speaks else None
         self.optimizer = make_optimizer(pieces, config.optim, config.parallel.kernels, say)
         continual = config.optim.continual_backprop
@@ -44,9 +78,6 @@ class Engine(ABC):
         self._project = projection(pieces, self.optimizer.already_unit)
         self._weight_norms = WeightNormUpdate(pieces, models)
         self._running = RunningStatistics(pieces, models, whole, config.train.batch_tokens)
-        self.microbatches = config.parallel.microbatches
-        for model in models:
-            model.precision = config.train.precision
 
     def forward_backward(self, rows: Batch) -> Tensor:
         """This rank's rows of a batch -> [], its share of the mean loss; the gradients are in place after."""
@@ -59,10 +90,6 @@ class Engine(ABC):
     @abstractmethod
     def train(self, rows: Batch) -> list[Tensor]:
         """Forward and backward of all microbatches -> their losses, [] each, times `scale`."""
-
-    @abstractmethod
-    def forward(self, rows: Batch) -> Tensor:
-        """Rows -> [], their summed loss where the last layers are, 0 elsewhere."""
 
     def update(self, lr: float, left_out: Tensor | None = None) -> None:
         """One optimizer step at the learning rate `lr`, of nothing where `left_out` [] is true; after it the gradients
@@ -107,24 +134,6 @@ class Engine(ABC):
         mine = rows.n_targets() if first else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         return self.mesh.sum(mine).clamp(min=1)  # a batch may have none
 
-    def loss(self, rows: Batch) -> Tensor:
-        """Rows, the same on all ranks -> [], their summed loss, likewise."""
-        size = self.mesh.data_size
-        divides = len(rows) % size == 0
-        mine = rows.chunk(size)[self.mesh.data_rank] if divides else rows
-        parts = mine.to(self.mesh.device).chunk(self.microbatches)
-        for model in self.models:
-            model.eval()
-        share = torch.stack([self.forward(part).double() for part in parts]).sum()
-        for model in self.models:
-            model.train()
-        return self.total(share if divides else share / size)
-
-    def total(self, share: Tensor) -> Tensor:
-        """[] -> []: the sum over all ranks, in float64; tensor parallel ranks all have the same share."""
-        share = share.double() if self.mesh.tp.rank == 0 else torch.zeros_like(share, dtype=torch.float64)
-        return self.mesh.sum(share)
-
     def clip(self) -> tuple[Tensor, Tensor]:
         """-> the gradient's global norm [] and the norms of all parameters' gradients [P], before clipping."""
         gradients = self.pieces.reduce_gradients()
@@ -168,9 +177,6 @@ class WholeEngine(TorchEngine):
                 loss.backward()
             losses.append(loss.detach())
         return losses
-
-    def forward(self, rows: Batch) -> Tensor:
-        return self.models[0](*rows.arguments())  # type: ignore[no-any-return]
 
     def _communicate(self, last: bool) -> AbstractContextManager[object]:
         """Gradients are reduced once a step, in the last microbatch's backward."""

@@ -82,6 +82,7 @@ def test_facts_and_entropy_against_an_independent_count(corpus: Path, tmp_path: 
         "eod": 256,
         "documents": shard.n_documents,
         "tokens": shard.n_tokens,
+        "bytes": summary.bytes,
         "max_token": max(counts),
         "unigram_entropy_nats": summary.unigram_entropy_nats,
     }
