@@ -220,7 +220,7 @@ def test_what_does_not_fit(run: Callable[..., Path], shard: str, plays: list[Pat
     tokenize([str(plays[0])], str(tmp_path / "words"), None, 340)
     with pytest.raises(ValueError, match=r"expected tokens of the model's tokenizer, got those of words\.model"):
         Corpus([str(tmp_path / "words")], config)
-    with pytest.raises(ConfigError, match="--tokenizer: expected the one that the run was trained with"):
+    with pytest.raises(ValueError, match="--tokenizer: expected the one that the data were made with"):
         Corpus([shard], config, str(tmp_path / "words.model"))
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"empty\.txt: no token to predict"):
