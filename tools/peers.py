@@ -27,8 +27,6 @@ SHAPES: dict[int, dict[str, Any]] = {
     200: {"dim": 128, "n_heads": 4, "ffn_dim": 344, "vocab_size": 4096, "rows": 4, "seq_len": 256},
     1000: {"dim": 64, "n_heads": 2, "ffn_dim": 172, "vocab_size": 512, "rows": 2, "seq_len": 256},
 }
-IN_BF16 = {"rows": 1, "seq_len": 64}
-"""A sixteenth of the tokens or an eighth: a processor without bfloat16 takes eight times as long for each."""
 PRE_LN = {"scheme": {"name": "pre_ln"}}
 TORCH = "torch==2.13.0"
 
@@ -135,8 +133,7 @@ def race(
 
 
 def measured(peer: str, python: Path, depth: int, precision: str, options: argparse.Namespace) -> Iterator[Record]:
-    shape = SHAPES[depth] | (IN_BF16 if precision == "bf16" else {})
-    shape |= {"n_layers": depth, "precision": precision, "threads": options.threads}
+    shape = SHAPES[depth] | {"n_layers": depth, "precision": precision, "threads": options.threads}
     shape["model"] = PEERS[peer].model
     contenders = [(peer, how) for how in PEERS[peer].ways]
     contenders += [("nlm", how) for how in ("eager", "compiled", "compiled, sqrt")] + [("floor", "")]
