@@ -51,15 +51,16 @@ def _tensor(config: Config) -> Iterator[str]:
             )
     if model.vocab_size < parallel.tp:
         yield f"parallel.tp: expected at most model.vocab_size = {model.vocab_size}, got {parallel.tp}"
-    if parallel.sequence_parallel and config.train.seq_len % parallel.tp:
-        yield (
-            f"train.seq_len: expected a multiple of parallel.tp = {parallel.tp} under sequence_parallel, "
-            f"got {config.train.seq_len}"
-        )
+    lengths = {"seq_len": config.train.seq_len, "source_len": config.train.source_len}
+    for key, length in lengths.items():
+        if parallel.sequence_parallel and length and length % parallel.tp:
+            yield (
+                f"train.{key}: expected a multiple of parallel.tp = {parallel.tp} under sequence_parallel, got {length}"
+            )
 
 
 def _pipeline(config: Config) -> Iterator[str]:
-    parallel, n_layers = config.parallel, config.model.n_layers
+    parallel, n_layers = config.parallel, config.model.n_all_layers
     if parallel.stages_per_rank is not None and parallel.schedule != "interleaved":
         yield f"parallel.stages_per_rank: is of the interleaved schedule, not of {parallel.schedule!r}; remove it"
     if parallel.pp == 1:

@@ -30,7 +30,7 @@ def model_of(make_config: MakeConfig, model: dict[str, Any], rows: int, **train:
 
 
 def loss_and_gradients(model: Transformer, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = model(tokens, targets)
+    loss = model(tokens, targets=targets)
     (loss * 0.3).backward()
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -82,5 +82,5 @@ def test_no_logits_of_all_positions(make_config: MakeConfig) -> None:
             return result
 
     with Watch():
-        model(tokens, targets).backward()
+        model(tokens, targets=targets).backward()
     assert largest == 60 * 4096
