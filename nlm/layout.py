@@ -15,12 +15,13 @@ def layout_problems(config: Config) -> Iterator[str]:
     yield from _data(config)
     if config.parallel.engine == "deepspeed":
         yield from _deepspeed(config)
-    yield from _auto(config.parallel)
+    yield from _auto(config)
     if config.parallel.loss_rows and whole_logits(config.parallel):
         yield "parallel.loss_rows: under zero = 3, 'zbv' and 'dualpipev' there are logits of all positions; remove it"
 
 
-def _auto(parallel: ParallelConfig) -> Iterator[str]:
+def _auto(config: Config) -> Iterator[str]:
+    parallel = config.parallel
     if parallel.kernels != "inductor" and not parallel.compile:
         yield f"parallel.kernels: {parallel.kernels!r} is put into compiled blocks; set parallel.compile = true"
     is_auto = parallel.recompute == "auto"
@@ -28,6 +29,8 @@ def _auto(parallel: ParallelConfig) -> Iterator[str]:
         yield f"parallel.memory_gib: is for parallel.recompute = 'auto', got {parallel.recompute!r}; remove it"
     if is_auto and parallel.engine == "deepspeed":
         yield "parallel.recompute: of DeepSpeed no memory is planned that 'auto' could go by; set another"
+    if is_auto and config.model.reads_source:
+        yield "parallel.recompute: of two stacks no memory is planned that 'auto' could go by; set another"
 
 
 def whole_logits(parallel: ParallelConfig) -> bool:

@@ -6,6 +6,7 @@ from functools import partial
 from math import inf, log
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +100,8 @@ class Monitor:
     def judge(self, step: int, vectors: Vectors) -> list[Alarm]:
         """The alarms that begin with this recorded step; one that goes on is not told again."""
         now: Vectors = {name: vector.astype(np.float64) for name, vector in vectors.items()}
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), catch_warnings():
+            simplefilter("ignore", RuntimeWarning)  # of medians of nothing: not every layer has every sublayer
             found = [finding for check in CHECKS for finding in check(self, step, now)]
             self._remember(step, now)
         bad = {(f.kind, f.metric): f for f in found if f.severity >= 1}
