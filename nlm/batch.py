@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Batch:
     @property
     def has_ignored(self) -> bool:
         """Whether some targets may be IGNORED."""
-        return not (self.documents is self.stand_ins is self.counted is self.padding is None)
+        return self.padding is not None or not (self.documents is self.stand_ins is self.counted is None)
 
     def n_targets(self) -> Tensor:
         """[]: how many targets there are to learn from, in float64, which holds their inverse well."""
@@ -100,4 +100,5 @@ class Batch:
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
         tensors = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return replace(self, **{name: function(tensor) for name, tensor in tensors if isinstance(tensor, Tensor)})
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in tensors if isinstance(tensor, Tensor)}
+        return replace(self, **changed)

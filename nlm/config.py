@@ -171,8 +171,8 @@ class ModelConfig(Section):
 
 
 class TrainConfig(Section):
-    """`batch_tokens` is the target tokens of one step: rows of `seq_len`, over all microbatches and ranks. `source_len` is
-    the length of an encoder–decoder's sources, shorter ones filled up, by default `seq_len`.
+    """`batch_tokens` is the target tokens of one step: rows of `seq_len`, over all microbatches and ranks. `source_len`
+    is the length of an encoder–decoder's sources, shorter ones filled up, by default `seq_len`.
 
     `precision`: "bf16" takes products in bfloat16 over float32 weights; "fp64" is for proofs. A run ends early, with a
     checkpoint from which it goes on, after the step `stop_after`, and when it has taken `max_minutes`.

@@ -29,8 +29,8 @@ def readings(model: Transformer) -> list[Reading]:
     if model.encoder is not None:
         raise ConfigError(
             [
-                "model.architecture: expected 'decoder' or 'encoder'; of an encoder_decoder, keys and values are not of "
-                "what the norm before them gives"
+                "model.architecture: expected 'decoder' or 'encoder'; of an encoder_decoder, keys and values are "
+                "not of what the norm before them gives"
             ]
         )
     if not model.scheme.folds:

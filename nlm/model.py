@@ -1,4 +1,4 @@
-"""The Transformer: FeedForward, Block, Stack, Transformer, and `weights`, which yields every parameter with its Weight."""
+"""The Transformer: FeedForward, Block, Stack, Transformer, and `weights`, which yields every parameter and its Weight."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -243,7 +243,7 @@ class Memory(NamedTuple):
 
     x: Tensor
     mask: Tensor
-    visible: Tensor | None = None
+    visible: Tensor | None
 
 
 class Block(nn.Module):
@@ -285,7 +285,7 @@ class Block(nn.Module):
                 branch = partial(branch, rotary=rotary, mask=mask)
                 if sublayer.site.kind == "cross":
                     assert memory is not None
-                    of_memory = None if watch is None else watch._replace(visible=memory.visible)
+                    of_memory = None if watch is None or memory.visible is None else Watch(memory.visible, watch.seen)
                     branch = partial(sublayer, watch=of_memory, rotary=None, mask=memory.mask, memory=memory.x)
                 if watch is not None:
                     watch.seen.append(torch.zeros(self.n_units, device=x.device))
@@ -324,7 +324,7 @@ class Part:
     last: bool
 
     def of_stacks(self, n: int) -> tuple["Part", "Part"]:
-        """What of it is in the encoder, which has n layers, and what in the decoder, each in the stack's own numbers."""
+        """What of it is in the encoder, which has n layers, and what in the decoder, each in its own stack's numbers."""
         start, stop = self.layers.start, self.layers.stop
         ends = start < n <= stop or (self.first and self.last)
         encoder = Part(range(min(start, n), min(stop, n)), self.first, ends)
@@ -374,8 +374,11 @@ class Stack(nn.Module):
             visible = keys_seen(mask, seq_len, signals.queries, x.device)
             uniform = {"attn": uniform_entropy(visible, len(x))}
             if memory is not None:
-                memory = memory._replace(visible=keys_seen(memory.mask, seq_len, signals.queries, x.device))
-                uniform["cross"] = uniform_entropy(memory.visible, len(x))
+                keys_of_memory = keys_seen(memory.mask, seq_len, signals.queries, x.device)
+                memory, uniform["cross"] = (
+                    memory._replace(visible=keys_of_memory),
+                    uniform_entropy(keys_of_memory, len(x)),
+                )
             signals.begin(x, len(self.blocks), self.n_sublayers, uniform)
         blocks = [(self.first_number + int(layer), block) for layer, block in self.blocks.items()]
 
@@ -451,9 +454,7 @@ class Transformer(Stack):
             embed.weight_norm = design.normalizer(Role.EMBED, spans["vocab"], spans["dim"], None)
         ends = design.site(0, "stack")
         token = design.slot(ends, "token") if part.first else None
-        super().__init__(
-            design, part if encoder is None else of_decoder, embed=embed, token=token, encoder=encoder
-        )
+        super().__init__(design, part if encoder is None else of_decoder, embed=embed, token=token, encoder=encoder)
         self.config, self.scheme, self.tp, self.part = config, scheme, tp, part
         self.n_layers, self.n_encoder_layers = config.n_layers, config.n_encoder_layers or 0
         has_head = part.last and not config.tied
@@ -537,7 +538,7 @@ class Transformer(Stack):
             if self.encoder.final is not None:
                 source_stream = self.encoder.final(source_stream)
             if self.blocks:
-                memory = Memory(self.tp.enter(source_stream), unmasked)
+                memory = Memory(self.tp.enter(source_stream), unmasked, None)
         if segments is None and self.config.is_encoder:
             segments = torch.zeros(1, seq_len, dtype=torch.int64, device=x.device)
         mask = None if segments is None else document_mask(segments, causal=not self.config.is_encoder)

@@ -217,7 +217,8 @@ class Transcription:
         self.crosses = memory is not None
         n_heads, n_kv_heads, score = self.model.n_heads, self.model.n_kv_heads, self.model.attention.score
         read = x if memory is None else memory
-        q, k, v = (self.linear(f"{at}.w{name}", y) for name, y in zip("qkv", (x, read, read)))  # [S H·Dh]
+        q, k, v = (self.linear(f"{at}.w{name}", y) for name, y in zip("qkv", (x, read, read), strict=True))
+        # [S H·Dh]
         if score == "rms_qknorm_full":
             q, k = self.rms(f"{at}.score.q_norm", q), self.rms(f"{at}.score.k_norm", k)
         queries, keys, values = np.split(q, n_heads, -1), np.split(k, n_kv_heads, -1), np.split(v, n_kv_heads, -1)

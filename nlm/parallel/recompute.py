@@ -64,7 +64,7 @@ def _recompute(stack: Stack, mode: str) -> None:
 def segment_length(n_blocks: int) -> int:
     """Of how many blocks "sqrt" keeps one input: about as many as there are segments then (Chen et al. 2016,
     arXiv:1604.06174)."""
-    return ceil(sqrt(n_blocks))
+    return max(1, ceil(sqrt(n_blocks)))  # a stage of a pipeline may have none of a stack's
 
 
 def inputs_kept(mode: str, n_blocks: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ class Layers:
 
 
 def kinds(config: Config) -> list[int]:
-    """The first layer that is built as each layer is, [L], an encoder's layers first; numbers apart, which cost nothing."""
+    """The first layer that is built as each layer is, [L], an encoder's first; numbers apart, which cost nothing."""
     first: dict[Hashable, int] = {}
     return [
         first.setdefault(_structure(stack.design, layer), stack.first_number + layer)

@@ -14,8 +14,9 @@ class TFixup(Scheme):
     """V, O and the FFN start at 0.67 L^-¼ and the embedding at (9L)^-¼ times the usual (section 3.2).
 
     That is the paper's encoder, which has two sublayers a layer as a decoder without an encoder does. Its decoder has
-    three, and (9L)^-¼ in the place of the first factor; the embedding that both share is the encoder's. The embedding is multiplied by sqrt(D), as in the Transformer that the paper starts from. The paper has no
-    gate: it keeps gain 1, because the product carries the factor twice already.
+    three, and (9L)^-¼ in the place of the first factor; the embedding that both share is the encoder's. It is
+    multiplied by sqrt(D), as in the Transformer that the paper starts from. The paper has no gate: it keeps gain 1,
+    because the product carries the factor twice already.
     """
 
     growth: ClassVar[Growth] = "exponential"

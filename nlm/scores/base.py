@@ -36,8 +36,8 @@ class Score(nn.Module, ABC):
     """How queries and keys choose among values. Its keyword arguments are keys of [model.attention].
 
     In all methods: q [B S H Dh], k and v [B S Hkv Dh], query head h attends with kv head h // (H / Hkv). `mask`
-    [B 1 S S] says who sees whom; without one, each position sees itself and those before. Where all queries see the same
-    it may be [B 1 1 S]; and with a mask there may be another number of keys than of queries.
+    [B 1 S S] says who sees whom; without one, each position sees itself and those before. Where all queries see the
+    same it may be [B 1 1 S]; and with a mask there may be another number of keys than of queries.
     """
 
     sums_to_one = False
@@ -146,7 +146,7 @@ def queries(n: int, seq_len: int) -> slice:
 
 
 def keys_seen(mask: Tensor | None, seq_len: int, n: int, device: torch.device) -> Tensor:
-    """[B 1 Q S] or [1 1 Q S]: the keys that each of up to `n` queries, of so many, sees, by the mask or the causal one."""
+    """[B 1 Q S] or [1 1 Q S]: the keys that up to `n` of the queries, of so many, see, by the mask or the causal one."""
     n = min(n, seq_len)
     every = mask if mask is not None else torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device).tril()
     every = every.expand(-1, -1, seq_len, -1)

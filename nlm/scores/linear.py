@@ -94,7 +94,7 @@ class NaLaFormer(Linear):
         def features(parts: list[Tensor]) -> Tensor:
             return for_each_query(torch.cat(parts, -1), q)  # [B S H 2·Dh]
 
-        ones = torch.ones_like(length)
+        ones = q.new_ones(*k.shape[:2], q.shape[2], 1)  # [B S H 1], one for each key
         total = linear_attention(features(q_parts), features(k_parts), ones, mask) + 1e-6 * n_visible(q, mask)
         q_placed, k_placed = (
             features([place(part) for part in parts]) for place, parts in ((place_q, q_parts), (place_k, k_parts))

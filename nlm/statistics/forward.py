@@ -75,7 +75,7 @@ class ForwardStatistics:
         tokens = elements / model.dim
         watched = batch_rows * (tokens / batch_rows).clamp(max=self.queries)
         is_cross = torch.tensor([kind == "cross" for kind in self.kinds], device=rows.device)
-        key_tokens = tokens.where(~is_cross, tokens[0])  # where there is cross-attention, the first rows are an encoder's
+        key_tokens = tokens.where(~is_cross, tokens[0])  # with cross-attention, the first rows are an encoder's
         columns = dict(zip(COLUMNS, rows.unbind(1), strict=True))  # [R] each
 
         def moments(of: str) -> dict[str, Tensor]:
@@ -136,7 +136,8 @@ class ForwardStatistics:
                 gradients[layer] = torch.stack(microbatches).to(rows).sum()
             if tp.rank == 0:
                 for kind in signals.uniform[0]:
-                    uniform[self._rows_of(kind, first, here.stop)] = torch.stack([of[kind] for of in signals.uniform]).sum()
+                    entropies = torch.stack([of[kind] for of in signals.uniform])
+                    uniform[self._rows_of(kind, first, here.stop)] = entropies.sum()
             ffns = self._rows_of("ffn", first, here.stop)
             if len(ffns):
                 active = torch.stack(signals.units)[:, ffns - first - 1].to(rows).sum(0)  # [N F/n]
