@@ -1,4 +1,4 @@
-"""The Transformer: FeedForward, Block, Stack, Transformer, and `weights`, which yields every parameter and its Weight."""
+"""The Transformer: FeedForward, Block, Stack, Transformer, and `weights`, every parameter of it with its Weight."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -324,7 +324,7 @@ class Part:
     last: bool
 
     def of_stacks(self, n: int) -> tuple["Part", "Part"]:
-        """What of it is in the encoder, which has n layers, and what in the decoder, each in its own stack's numbers."""
+        """What of it is in the encoder, which has n layers, and what in the decoder, each in numbers of its own."""
         start, stop = self.layers.start, self.layers.stop
         ends = start < n <= stop or (self.first and self.last)
         encoder = Part(range(min(start, n), min(stop, n)), self.first, ends)

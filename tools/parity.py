@@ -269,7 +269,7 @@ PAIR_ROWS = {
         for name, fields, words, model, more in (
             ("deepnorm", {}, ["tied"], {"tied": True}, {}),
             ("pre_ln", {}, ["sqrt"], {"position": "learned"}, {"everywhere": {"recompute": "sqrt"}}),
-            ("normformer", {}, ["dropped"], {"stochastic_depth": 0.2, "bias": True}, {"parallel": {"loss_rows": 24}}),
+            ("normformer", {}, ["dropped"], {"stochastic_depth": 0.2}, {"parallel": {"loss_rows": 24}}),
             ("ngpt", {"alpha": 0.05}, ["spectra"], {}, {"statistics": {"spectra_every": 2, "noise_every": 2}}),
             ("peri_ln", {}, ["compile"], {"position": "sinusoidal"}, {"everywhere": {"compile": True}}),
         )

@@ -146,7 +146,7 @@ def queries(n: int, seq_len: int) -> slice:
 
 
 def keys_seen(mask: Tensor | None, seq_len: int, n: int, device: torch.device) -> Tensor:
-    """[B 1 Q S] or [1 1 Q S]: the keys that up to `n` of the queries, of so many, see, by the mask or the causal one."""
+    """[B 1 Q S] or [1 1 Q S]: the keys that up to `n` of so many queries see, by the mask or the causal one."""
     n = min(n, seq_len)
     every = mask if mask is not None else torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device).tril()
     every = every.expand(-1, -1, seq_len, -1)
