@@ -526,7 +526,8 @@ class Transformer(Stack):
         else:
             if source is not None:
                 n_source = len(self.tp.positions(source.shape[1]))
-                x, source_stream = x.split([x.shape[1] - n_source, n_source], 1)
+                # Contiguous, as in the first part, so that all parts share their blocks' graphs.
+                x, source_stream = (y.contiguous() for y in x.split([x.shape[1] - n_source, n_source], 1))
             seq_len = x.shape[1] * (self.tp.size if self.tp.sequence else 1)
         memory = None
         if self.encoder is not None:

@@ -49,7 +49,7 @@ def test_rows_change_nothing(name: str, rows: int, make_config: MakeConfig) -> N
     for parameter, gradient in expected.items():
         torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-10, atol=1e-13)
     with torch.no_grad():
-        torch.testing.assert_close(some(tokens, targets), expected_loss, rtol=1e-13, atol=0)
+        torch.testing.assert_close(some(tokens, targets=targets), expected_loss, rtol=1e-13, atol=0)
 
 
 def test_sparse_softmax_and_bf16(make_config: MakeConfig) -> None:
