@@ -90,14 +90,16 @@ SLOTS: dict[str, tuple[Axis, ...]] = {
 
 
 Kind = Literal["attn", "cross", "ffn"]
-"""Of a sublayer."""
+"""Of a sublayer: self-attention, attention to what an encoder has made of the source, feed-forward."""
+StackName = Literal["decoder", "encoder"]
 
 
 @dataclass(frozen=True)
 class Site:
     """Where: one sublayer of one layer, or (`kind="stack"`, `layer=0`) the ends of the whole stack.
 
-    `place` tells a layer's sublayers apart, 0 or 1 in the order in which they come.
+    `place` tells a layer's sublayers apart, counted from 0 in the order in which they come. `layer` and `n_layers` are
+    of its own stack; `other_layers` are those of the other in an encoder–decoder, 0 where there is none.
     """
 
     layer: int  # 0-based
@@ -106,12 +108,38 @@ class Site:
     dim: int
     place: int = 0
     activation: str = "gelu"  # of the model's feed-forward sublayers
-    stack: Literal["decoder", "encoder"] = "decoder"
+    stack: StackName = "decoder"
+    other_layers: int = 0
+
+    @property
+    def reads_memory(self) -> bool:
+        """Whether its layer has cross-attention too."""
+        return self.stack == "decoder" and self.other_layers > 0
 
     @property
     def before(self) -> int:
-        """How many sublayers come before it."""
-        return 2 * self.layer + self.place
+        """How many sublayers come before it in its stack."""
+        return (3 if self.reads_memory else 2) * self.layer + self.place
+
+    @property
+    def branches(self) -> int:
+        """How many sublayers its stack has."""
+        return (3 if self.reads_memory else 2) * self.n_layers
+
+    @property
+    def other_branches(self) -> int:
+        """And the other stack."""
+        return (2 if self.stack == "decoder" else 3) * self.other_layers
+
+    @property
+    def number(self) -> int:
+        """Of its layer among all of the model, an encoder's first."""
+        return self.layer + (self.other_layers if self.reads_memory else 0)
+
+    @property
+    def sublayer_number(self) -> int:
+        """Of its sublayer, likewise."""
+        return self.before + (self.other_branches if self.reads_memory else 0)
 
 
 @dataclass(frozen=True)
@@ -119,13 +147,14 @@ class Weight:
     """A parameter as the rules see it. `site` is None outside the blocks.
 
     `shape` is that of the whole parameter, [out, in] for matrices, whatever part of it a rank holds; `n_layers` are
-    those of the model, for the weights outside too.
+    those of the model, for the weights outside too, of its decoder where it also has `n_encoder_layers`.
     """
 
     role: Role
     shape: tuple[int, ...]
     site: Site | None
     n_layers: int
+    n_encoder_layers: int = 0
 
 
 @dataclass(frozen=True)

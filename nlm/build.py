@@ -93,7 +93,17 @@ def design(
     slots = token_scale if NORMS[model.norm.name].token_scale else None
     with torch.device("meta"):
         return Transformer(
-            model, config.train.seq_len, scheme, norm, score, _weight_norms(model.weight_norm), slots, tp, part, data
+            model,
+            config.train.seq_len,
+            scheme,
+            norm,
+            score,
+            _weight_norms(model.weight_norm),
+            slots,
+            tp,
+            part,
+            data,
+            config.source_len,
         )
 
 
@@ -109,8 +119,12 @@ def calibration(config: Config, seed: int) -> dict[str, float | Tensor]:
     if target is None and not NORMS[config.model.norm.name].calibrates:
         return {}
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.model.vocab_size, (CALIBRATION_ROWS, config.train.seq_len), generator=generator)
-    return calibrated(lambda part: design(config, part=part), tokens, seed, target)
+    model = config.model
+    tokens = torch.randint(model.vocab_size, (CALIBRATION_ROWS, config.train.seq_len), generator=generator)
+    source = None
+    if model.reads_source:
+        source = torch.randint(model.n_tokens, (CALIBRATION_ROWS, config.source_len), generator=generator)
+    return calibrated(lambda part: design(config, part=part), tokens, seed, target, source)
 
 
 def token_scale(site: Site) -> Slots:
@@ -132,7 +146,7 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     whole = design(config, mesh.tp, data=mesh.data)
     values = calibration(config, config.train.seed)
     if parallel.pp > 1:
-        parts = split(config.model, config.train.seq_len, parallel.n_stages)
+        parts = split(config.model, config.train.seq_len, parallel.n_stages, config.source_len)
         stages = stages_of(mesh.rank("pp"), parallel)
         models = [prepare(design(config, mesh.tp, parts[stage]), config, mesh, values) for stage in stages]
         return PipelineEngine(config, mesh, models, whole, stages)
@@ -190,6 +204,8 @@ def _bad_choices(model: Mapping[str, Any]) -> Iterable[str]:
 def _overruled(model: ModelConfig) -> Iterable[str]:
     """What the scheme rules out: an init beside its own, weight norms that would do nothing or have no direction."""
     scheme = SCHEMES[model.scheme.name](**model.scheme.fields)
+    if model.reads_source and (lacks := scheme.lacks_two_stacks):
+        yield f"model.architecture: 'encoder_decoder' is not defined by the scheme {model.scheme.name!r}: {lacks}"
     if model.init and not scheme.leaves_init_open:
         yield f"model.init: the scheme has an init of its own, which makes it what it is; remove {model.init.name!r}"
     if model.init and model.init.name == "lsuv" and model.weight_norm:
@@ -211,6 +227,12 @@ def _leaks(config: Config) -> Iterable[str]:
     model, name = config.model, config.model.norm.name
     norm, published = NORMS[name], config.model.norm.fields.get("published")
     if not issubclass(norm, BatchStatistics):
+        return
+    if model.reads_source:
+        yield (
+            f"model.norm: {name!r} takes statistics of all positions of a batch, of which an encoder_decoder's padding "
+            "would be a part; set another norm"
+        )
         return
     if norm.has_causal_form and not (model.is_encoder if published is None else published):
         return

@@ -1,6 +1,6 @@
 """What a decoder keeps of the positions it has seen, so that each that follows costs no more than itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from nlm.anatomy import Site
 
 class Cache:
     """Of texts, one a row, what attention keeps at every site: tensors [B C …] in which slot t is for position t.
+
+    Beside these stands what does not change from then on, such as what an encoder has made of a source.
 
     At first come the texts' beginnings, of `lengths` tokens each, padded on their right to the longest; then, for all
     rows alike, the tokens after. What a padded position leaves is in slots that its row has yet to reach, where nobody
@@ -23,6 +25,7 @@ class Cache:
         """Slots in use: the most positions of a row, those included that now come."""
         self.positions = self.last = self._rows = torch.empty(0, dtype=torch.int64)
         self._kept: dict[Site, list[Tensor]] = {}
+        self._once: dict[Site | str, tuple[Tensor, ...]] = {}
 
     def enter(self, n: int, device: torch.device) -> Tensor | None:
         """The next n tokens of every row come: sets their `positions` [B n], and of each row the index of the `last`
@@ -58,6 +61,12 @@ class Cache:
             old[self._rows, self.positions] = x
         return tuple(x[:, : self.width] for x in kept)
 
+    def once(self, what: Site | str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Tensors [B …] that are made at the first forward and stay."""
+        if what not in self._once:
+            self._once[what] = make()
+        return self._once[what]
+
     def select(self, rows: Sequence[int]) -> None:
         """Row i goes on from what row rows[i] was."""
         if list(rows) == list(range(len(self.lengths))):
@@ -66,3 +75,6 @@ class Cache:
         for site, kept in self._kept.items():
             index = torch.tensor(rows, device=kept[0].device)
             self._kept[site] = [x.index_select(0, index) for x in kept]
+        for what, made in self._once.items():
+            index = torch.tensor(rows, device=made[0].device)
+            self._once[what] = tuple(x.index_select(0, index) for x in made)

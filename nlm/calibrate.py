@@ -14,11 +14,15 @@ from nlm.model import Linear, Part, Transformer, held
 
 @torch.no_grad()
 def calibrated(
-    make: Callable[[Part], Transformer], tokens: Tensor, seed: int, target: Callable[[Weight], float] | None
+    make: Callable[[Part], Transformer],
+    tokens: Tensor,
+    seed: int,
+    target: Callable[[Weight], float] | None,
+    source: Tensor | None = None,
 ) -> dict[str, float | Tensor]:
     """By name, the values of what norms calibrate, numbers or vectors [D], and, with a `target`, what the matrices of
-    the blocks are to be multiplied by so that what they give for tokens [B S] has that std. Each sees what those before
-    it have become.
+    the blocks are to be multiplied by so that what they give for tokens [B S], with an encoder also a source [B T], has
+    that std. Each sees what those before it have become.
 
     `make` designs a part of the whole model, without tensor parallelism: every rank computes all, and the same, in
     float64, so that the result depends on no layout.
@@ -52,10 +56,10 @@ def calibrated(
         return before
 
     first = part(range(0), first=True)
-    x, n_layers = first(tokens), first.n_layers
+    x, n_layers = first(tokens, source), first.config.n_all_layers
     for layer in range(n_layers):
-        x = part(range(layer, layer + 1))(x)
+        x = part(range(layer, layer + 1))(x, source)
     last = part(range(n_layers, n_layers), last=True)
     if last.final is not None:
-        last.final(x)
+        last.final(x[:, : tokens.shape[1]])
     return found

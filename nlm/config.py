@@ -91,6 +91,10 @@ class ModelConfig(Section):
     An "encoder" sees the whole text, and learns tokens that are masked (see data/masked.py). Its mask is the last token
     of the vocabulary, one more than the data may have.
 
+    An "encoder_decoder" reads a source with an encoder of `n_encoder_layers` layers, by default as many as `n_layers`,
+    those of the decoder, which attends to what the encoder makes of it. Both share the embedding. What fills rows that
+    are shorter than others is the last token of the vocabulary, one more than the data may have, too.
+
     `stochastic_depth` is the share of the samples for which the last layer drops each sublayer in training; that of the
     others grows to it evenly from 0 at the first. `logits_cap` bounds the logits by cap · tanh(logits / cap).
     """
@@ -110,7 +114,8 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = 1e-5
     position: Literal["rope", "rope_interleaved", "learned", "sinusoidal", "none"] = "rope"
     rope_base: PositiveFloat = 10_000.0
-    architecture: Literal["decoder", "encoder"] = "decoder"
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    n_encoder_layers: PositiveInt | None = None
     scheme: NamedChoice
     init: Annotated[NamedChoice, BeforeValidator(_named)] | None = None
     attention: AttentionChoice = AttentionChoice()
@@ -132,6 +137,9 @@ class ModelConfig(Section):
         if _positive(dim):
             gated = table.get("activation") in GATED
             derived["ffn_dim"] = -(-8 * dim // 24) * 8 if gated else 4 * dim
+        if table.get("architecture") == "encoder_decoder" and table.get("n_encoder_layers") is None:
+            derived["n_encoder_layers"] = table.get("n_layers")
+            table = {key: value for key, value in table.items() if key != "n_encoder_layers"}
         return derived | table
 
     @property
@@ -139,9 +147,23 @@ class ModelConfig(Section):
         return self.architecture == "encoder"
 
     @property
+    def reads_source(self) -> bool:
+        return self.architecture == "encoder_decoder"
+
+    @property
+    def n_all_layers(self) -> int:
+        """Of both stacks, where there are two."""
+        return self.n_layers + (self.n_encoder_layers or 0)
+
+    @property
     def n_tokens(self) -> int:
         """How many tokens the data may have."""
-        return self.vocab_size - self.is_encoder
+        return self.vocab_size - (self.is_encoder or self.reads_source)
+
+    @property
+    def padding(self) -> int:
+        """The token that fills rows of an encoder–decoder."""
+        return self.vocab_size - 1
 
     @property
     def gated(self) -> bool:
@@ -149,7 +171,8 @@ class ModelConfig(Section):
 
 
 class TrainConfig(Section):
-    """`batch_tokens` is the target tokens of one step: rows of `seq_len`, over all microbatches and ranks.
+    """`batch_tokens` is the target tokens of one step: rows of `seq_len`, over all microbatches and ranks. `source_len`
+    is the length of an encoder–decoder's sources, shorter ones filled up, by default `seq_len`.
 
     `precision`: "bf16" takes products in bfloat16 over float32 weights; "fp8" does too, but those of the blocks'
     matrices in float8, on GPUs that can; "fp64" is for proofs. A run ends early, with a checkpoint from which it goes
@@ -167,6 +190,7 @@ class TrainConfig(Section):
     max_minutes: PositiveFloat | None = None
     batch_tokens: PositiveInt
     seq_len: int = Field(ge=2)
+    source_len: int | None = Field(default=None, ge=2)
     seed: NonNegativeInt = 0
     precision: Literal["fp32", "bf16", "fp8", "fp64"] = "fp32"
     sparse_softmax_k: PositiveInt | None = None
@@ -429,6 +453,10 @@ class Config(Section):
     def batch_rows(self) -> int:
         return self.train.batch_tokens // self.train.seq_len
 
+    @property
+    def source_len(self) -> int:
+        return self.train.source_len or self.train.seq_len
+
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
@@ -525,6 +553,8 @@ def _contradictions(table: Table) -> Iterable[str]:
     if width and width % 2 and position in {"rope", "rope_interleaved"}:
         yield f"model.head_dim: expected an even number for model.position = {position!r}, got {width}"
 
+    yield from _idle_keys(table)
+
     tokens, seq_len = number("train", "batch_tokens"), number("train", "seq_len")
     if tokens and seq_len:
         microbatches = number("parallel", "microbatches") or 1
@@ -539,6 +569,18 @@ def _contradictions(table: Table) -> Iterable[str]:
     steps, warmup = number("train", "steps"), number("optim", "warmup_steps")
     if steps and warmup and warmup > steps:
         yield f"optim.warmup_steps: expected at most train.steps = {steps}, got {warmup}"
+
+
+def _idle_keys(table: Table) -> Iterator[str]:
+    """Of an encoder–decoder where there is none, or of a text where it reads pairs."""
+    sections = {name: section for name in ("model", "train", "data") if isinstance(section := table.get(name), dict)}
+    if sections.get("model", {}).get("architecture") == "encoder_decoder":
+        if sections.get("data", {}).get("document_mask") is True:
+            yield "data.document_mask: is of texts in a row; an encoder_decoder's row is one pair; remove it"
+        return
+    for section, key in (("model", "n_encoder_layers"), ("train", "source_len")):
+        if sections.get(section, {}).get(key) is not None:
+            yield f"{section}.{key}: is for model.architecture = 'encoder_decoder'; remove it"
 
 
 def _positive(value: Any) -> TypeGuard[int]:

@@ -71,7 +71,8 @@ def attention_kernel(config: Config, device: torch.device) -> str:
     with FakeTensorMode(), _Calls() as calls:
         faked(traced)
         tokens = torch.zeros(1, config.train.seq_len, dtype=torch.int64)
-        traced(tokens, segments=tokens if config.data.document_mask else None)
+        source = torch.zeros(1, config.source_len, dtype=torch.int64) if config.model.reads_source else None
+        traced(tokens, source, segments=tokens if config.data.document_mask else None)
     if not calls.seen:
         return SEVERAL_OPERATIONS
     (query, key, value), options = calls.seen[0]

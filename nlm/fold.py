@@ -26,6 +26,13 @@ def readings(model: Transformer) -> list[Reading]:
 
     Errors: ConfigError for a scheme that has other norms, or puts them elsewhere.
     """
+    if model.encoder is not None:
+        raise ConfigError(
+            [
+                "model.architecture: expected 'decoder' or 'encoder'; of an encoder_decoder, keys and values are "
+                "not of what the norm before them gives"
+            ]
+        )
     if not model.scheme.folds:
         raise ConfigError(
             [

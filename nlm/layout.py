@@ -17,12 +17,13 @@ def layout_problems(config: Config) -> Iterator[str]:
         yield from _float8(config)
     if config.parallel.engine == "deepspeed":
         yield from _deepspeed(config)
-    yield from _auto(config.parallel)
+    yield from _auto(config)
     if config.parallel.loss_rows and whole_logits(config.parallel):
         yield "parallel.loss_rows: under zero = 3, 'zbv' and 'dualpipev' there are logits of all positions; remove it"
 
 
-def _auto(parallel: ParallelConfig) -> Iterator[str]:
+def _auto(config: Config) -> Iterator[str]:
+    parallel = config.parallel
     if parallel.kernels != "inductor" and not parallel.compile:
         yield f"parallel.kernels: {parallel.kernels!r} is put into compiled blocks; set parallel.compile = true"
     is_auto = parallel.recompute == "auto"
@@ -30,6 +31,8 @@ def _auto(parallel: ParallelConfig) -> Iterator[str]:
         yield f"parallel.memory_gib: is for parallel.recompute = 'auto', got {parallel.recompute!r}; remove it"
     if is_auto and parallel.engine == "deepspeed":
         yield "parallel.recompute: of DeepSpeed no memory is planned that 'auto' could go by; set another"
+    if is_auto and config.model.reads_source:
+        yield "parallel.recompute: of two stacks no memory is planned that 'auto' could go by; set another"
 
 
 def whole_logits(parallel: ParallelConfig) -> bool:
@@ -53,15 +56,16 @@ def _tensor(config: Config) -> Iterator[str]:
             )
     if model.vocab_size < parallel.tp:
         yield f"parallel.tp: expected at most model.vocab_size = {model.vocab_size}, got {parallel.tp}"
-    if parallel.sequence_parallel and config.train.seq_len % parallel.tp:
-        yield (
-            f"train.seq_len: expected a multiple of parallel.tp = {parallel.tp} under sequence_parallel, "
-            f"got {config.train.seq_len}"
-        )
+    lengths = {"seq_len": config.train.seq_len, "source_len": config.train.source_len}
+    for key, length in lengths.items():
+        if parallel.sequence_parallel and length and length % parallel.tp:
+            yield (
+                f"train.{key}: expected a multiple of parallel.tp = {parallel.tp} under sequence_parallel, got {length}"
+            )
 
 
 def _pipeline(config: Config) -> Iterator[str]:
-    parallel, n_layers = config.parallel, config.model.n_layers
+    parallel, n_layers = config.parallel, config.model.n_all_layers
     if parallel.stages_per_rank is not None and parallel.schedule != "interleaved":
         yield f"parallel.stages_per_rank: is of the interleaved schedule, not of {parallel.schedule!r}; remove it"
     if parallel.pp == 1:

@@ -46,7 +46,7 @@ class Log:
         self._jsonl, self._alarms = (self._go_on(f"{name}.jsonl") for name in ("metrics", "alarms"))
         self._layers = None
         if self.config.statistics.enabled:
-            writer = LayerWriter(self.run, self.config.model.n_layers, self.start)
+            writer = LayerWriter(self.run, self.config.model.n_all_layers, self.start)
             self._layers = self._stack.enter_context(writer)
         self._sinks = [self._stack.enter_context(sink) for sink in sinks(self.run, self.config, self.start)]
         self._progress = self._stack.enter_context(_progress(self.name))

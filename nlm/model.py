@@ -1,9 +1,9 @@
-"""The Transformer: FeedForward, Block, Transformer, and `weights`, which yields every parameter with its Weight."""
+"""The Transformer: FeedForward, Block, Stack, Transformer, and `weights`, every parameter of it with its Weight."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nlm.activations import ACTIVATIONS, soft_cap
-from nlm.anatomy import MATRICES, SLOTS, WRITES, Axis, Kind, Role, Site, Span, Weight
+from nlm.anatomy import MATRICES, SLOTS, WRITES, Axis, Kind, Role, Site, Span, StackName, Weight
 from nlm.cache import Cache
 from nlm.config import ModelConfig
 from nlm.kernels.rows import sum_over_rows
@@ -31,21 +31,28 @@ class Design:
     """What a config chose by name, and this rank's part of each logical axis, ready to build with.
 
     `slots` are those that the norm layers ask for; where the scheme has something of its own, that counts.
-    `weight_norms` are what the config has for roles, where the scheme has nothing.
+    `weight_norms` are what the config has for roles, where the scheme has nothing. It is of one `stack`, of the context
+    length `seq_len`; a decoder with an encoder also attends to `memory_len` positions.
     """
 
     config: ModelConfig
     scheme: Scheme
     norm: MakeNorm
-    score: Callable[[], Score]
+    score: Callable[[int], Score]
     weight_norms: Mapping[Role, MakeWeightNorm]
     slots: Callable[[Site], Slots] | None
     spans: dict[Axis, Span]
     tp: TensorParallel
+    stack: StackName
+    seq_len: int
+    memory_len: int | None = None
 
     def site(self, layer: int, kind: Kind | Literal["stack"], place: int = 0) -> Site:
         c = self.config
-        return Site(layer, c.n_layers, kind, c.dim, place, c.activation, c.architecture)
+        n_layers, other = c.n_layers, c.n_encoder_layers or 0
+        if other and self.stack == "encoder":
+            n_layers, other = other, n_layers
+        return Site(layer, n_layers, kind, c.dim, place, c.activation, self.stack, other)
 
     def residual(self, site: Site, first: ResidualModule | None = None) -> ResidualModule:
         drop = self.config.stochastic_depth
@@ -71,7 +78,8 @@ class Design:
         return linear
 
     def normalizer(self, role: Role, outputs: Span, inputs: Span, site: Site | None) -> WeightNorm | None:
-        weight = Weight(role, (outputs.full, inputs.full), site, self.config.n_layers)
+        c = self.config
+        weight = Weight(role, (outputs.full, inputs.full), site, c.n_layers, c.n_encoder_layers or 0)
         make = self.scheme.weight_norm(weight) or self.weight_norms.get(role)
         return make and make(outputs, inputs, self.tp)
 
@@ -149,7 +157,8 @@ class Sinusoidal(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention, [B S D] -> [B S D]; the heads are divided among the tensor parallel ranks."""
+    """[B S D] -> [B S D], to the stream itself or, where the site is "cross", to an encoder's memory; the heads are
+    divided among the tensor parallel ranks."""
 
     inside = True
 
@@ -163,7 +172,9 @@ class Attention(nn.Module):
         self.wk = design.linear(Role.K, dim, kv_heads, config.bias, site)
         self.wv = design.linear(Role.V, dim, kv_heads, config.bias, site)
         self.wo = design.linear(Role.O, heads, dim, config.bias, site)
-        self.score = design.score()
+        n_keys = design.memory_len if site.kind == "cross" else design.seq_len
+        assert n_keys is not None
+        self.score = design.score(n_keys)
         self.slots = design.slot_dict(site, "q", "k", "heads")
 
     def forward(
@@ -173,15 +184,25 @@ class Attention(nn.Module):
         mask: Tensor | None,
         cache: Cache | None = None,
         watch: Watch | None = None,
+        memory: Tensor | None = None,
     ) -> Tensor:
-        """It shows signals.INSIDE."""
+        """Keys and values are of `memory` [B T D], unless None. It shows signals.INSIDE."""
         x = self.tp.enter(x)
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B S H Dh]
+        read = x if memory is None else memory
+
+        def keys_and_values() -> tuple[Tensor, ...]:
+            return tuple(w(read).unflatten(-1, (-1, self.head_dim)) for w in (self.wk, self.wv))  # [B T Hkv Dh]
+
+        q, keep = self.wq(x).unflatten(-1, (-1, self.head_dim)), None  # [B S H Dh]
+        if cache is not None and memory is not None:
+            k, v = cache.once(self.site, keys_and_values)
+        else:
+            k, v = keys_and_values()
+            keep = None if cache is None else partial(cache.keep, self.site)
 
         def place(slot: nn.Module, x: Tensor) -> Tensor:
             return slot(x if rotary is None else rotate(x, *rotary, self.interleaved))  # type: ignore[no-any-return]
 
-        keep = None if cache is None else partial(cache.keep, self.site)
         out = self.score(q, k, v, mask, partial(place, self.slots["q"]), partial(place, self.slots["k"]), watch, keep)
         return self.wo(self.slots["heads"](out.flatten(2)))  # [B S H Dh] -> [B S H·Dh]
 
@@ -222,8 +243,20 @@ class FeedForward(nn.Module):
         return self.w_down(hidden)
 
 
+class Memory(NamedTuple):
+    """What an encoder has made of the source, `x` [B T D], of which all tensor parallel ranks have all positions.
+
+    `mask` [B 1 1 T] says which of them are no padding, `visible` [B 1 Q T] so for the watched queries.
+    """
+
+    x: Tensor
+    mask: Tensor
+    visible: Tensor | None
+
+
 class Block(nn.Module):
-    """One layer: two sublayers, as a rule attention and FFN, each joined to the stream by the scheme's equation.
+    """One layer: its sublayers, as a rule attention and FFN, with cross-attention between them in a decoder that has an
+    encoder, each joined to the stream by the scheme's equation.
 
     A sublayer bears the name of its kind, a second one of the same kind `ffn_2`.
     """
@@ -233,13 +266,13 @@ class Block(nn.Module):
         self.names: list[str] = []
         self.n_units = len(design.spans["hidden"])
         first: ResidualModule | None = None
-        for place, kind in enumerate(design.scheme.sublayers(layer)):
+        for place, kind in enumerate(design.scheme.sublayers(layer, design.memory_len is not None)):
             site = design.site(layer, kind, place)
             residual = design.residual(site, first)
             name = f"{kind}_2" if kind in self.names else kind
             self.names.append(name)
             self.add_module(f"{name}_residual", residual)
-            self.add_module(name, (Attention if kind == "attn" else FeedForward)(config, design, site))
+            self.add_module(name, (FeedForward if kind == "ffn" else Attention)(config, design, site))
             first = first or residual
 
     def forward(
@@ -249,6 +282,7 @@ class Block(nn.Module):
         mask: Tensor | None,
         keys: Tensor | None,
         visible: Tensor | None,
+        memory: Memory | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x [B S D] -> x [B S D] and, with the keys that are `visible` to the watched queries, what sublayers show."""
@@ -258,10 +292,14 @@ class Block(nn.Module):
             branch = partial(sublayer, watch=watch)
             if isinstance(sublayer, Attention):
                 branch = partial(branch, rotary=rotary, mask=mask, cache=cache)
+                if sublayer.site.kind == "cross":
+                    assert memory is not None
+                    of_memory = None if watch is None or memory.visible is None else Watch(memory.visible, watch.seen)
+                    branch = partial(branch, watch=of_memory, rotary=None, mask=memory.mask, memory=memory.x)
                 if watch is not None:
                     watch.seen.append(torch.zeros(self.n_units, device=x.device))
             x = getattr(self, f"{name}_residual")(x, branch, watch, keys)
-        return x, None if watch is None else torch.cat(watch.seen).view(2, -1)
+        return x, None if watch is None else torch.cat(watch.seen).view(len(self.names), -1)
 
 
 class CrossEntropy(nn.Module):
@@ -287,20 +325,103 @@ Run = Callable[[range, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """The consecutive layers of a stack that one module holds, and whether it holds the ends of the stack."""
+    """The consecutive layers that one module holds, and whether it holds the ends. Of an encoder–decoder all layers are
+    counted, the encoder's first."""
 
     layers: range
     first: bool
     last: bool
 
+    def of_stacks(self, n: int) -> tuple["Part", "Part"]:
+        """What of it is in the encoder, which has n layers, and what in the decoder, each in numbers of its own."""
+        start, stop = self.layers.start, self.layers.stop
+        ends = start < n <= stop or (self.first and self.last)
+        encoder = Part(range(min(start, n), min(stop, n)), self.first, ends)
+        return encoder, Part(range(max(start - n, 0), max(stop - n, 0)), self.first, self.last)
 
-class Transformer(nn.Module):
-    """A language model, tokens [B S] -> logits [B S V], or a part of its stack: a decoder, of which each position sees
-    those before it, or an encoder, of which it sees all.
+
+class Stack(nn.Module):
+    """Layers through which one stream goes, or some of them, and what stands at the ends: positions and stem, and the
+    final slot. `before` are modules that come first in the order of the parameters."""
+
+    def __init__(self, design: Design, part: Part, **before: nn.Module | None) -> None:
+        super().__init__()
+        for name, module in before.items():
+            setattr(self, name, module)
+        config, ends = design.config, design.site(0, "stack")
+        self.design = design
+        self.position: Embedding | Sinusoidal | None = None
+        self.rotary: Rotary | None = None
+        match config.position:
+            case "learned" if part.first:
+                self.position = Embedding(Span.whole(design.seq_len), design.spans["dim"], design.tp)
+            case "sinusoidal" if part.first:
+                self.position = Sinusoidal(design.seq_len, config.dim)
+            case "rope" | "rope_interleaved" as kind:
+                self.rotary = Rotary(config.head_dim, design.seq_len, config.rope_base, kind == "rope_interleaved")
+        self.stem = design.slot(ends, "embed") if part.first else None
+        # Keyed by the layer's number in the whole stack, so that a part of it keeps its names.
+        self.blocks = nn.ModuleDict({str(l): Block(config, design, l) for l in part.layers})
+        self.final = design.slot(ends, "final") if part.last else None
+        self.first_number = ends.number
+        """Of layer 0 among all of the model."""
+        self.n_sublayers = len(design.scheme.sublayers(0, ends.reads_memory))
+        self.through: Callable[[Run, range, Tensor], Tensor] = lambda run, places, x: run(places, x)
+        """How the stream goes through runs of blocks."""
+        self.recomputing = False
+        # An attribute, not an argument: what wraps a model copies its arguments, lists among them.
+        self.signals: Signals | None = None
+
+    def run(
+        self,
+        x: Tensor,
+        seq_len: int,
+        mask: Tensor | None,
+        keys: Tensor | None,
+        memory: Memory | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """The stream [B S/n D] of so many positions, before the blocks -> after them; `signals`, unless None, collects
+        what they show."""
+        rotary = None
+        if self.rotary is not None:
+            rotary = self.rotary(seq_len) if cache is None else self.rotary.at(cache.positions)
+        signals, visible = self.signals, None
+        if signals is not None:
+            visible = keys_seen(mask, seq_len, signals.queries, x.device)
+            uniform = {"attn": uniform_entropy(visible, len(x))}
+            if memory is not None:
+                keys_of_memory = keys_seen(memory.mask, seq_len, signals.queries, x.device)
+                memory, uniform["cross"] = (
+                    memory._replace(visible=keys_of_memory),
+                    uniform_entropy(keys_of_memory, len(x)),
+                )
+            signals.begin(x, len(self.blocks), self.n_sublayers, uniform)
+        blocks = [(self.first_number + int(layer), block) for layer, block in self.blocks.items()]
+
+        def run(places: range, x: Tensor) -> Tensor:
+            for place in places:
+                layer, block = blocks[place]
+                x, shown = block(x, rotary, mask, keys, visible, memory, cache)
+                if signals is not None and shown is not None and not self.recomputing:
+                    signals.add(place, shown, x, layer)
+            return x
+
+        return self.through(run, range(len(blocks)), x)
+
+
+class Transformer(Stack):
+    """A language model, tokens [B S] -> logits [B S V], or a part of its layers: a decoder, of which each position sees
+    those before it; an encoder, of which it sees all; or a decoder with an `encoder`, target [B S], source [B T] ->
+    logits of the target.
 
     Its parameters are unfilled until `init`; tensor parallel ranks hold parts of them. `seq_len` is the context length
-    of training: learned and tabulated positions end there.
+    of training: learned and tabulated positions end there, those of a source at `source_len`.
     """
+
+    embed: Embedding | None
+    token: nn.Module | None
+    encoder: Stack | None
 
     def __init__(
         self,
@@ -314,11 +435,10 @@ class Transformer(nn.Module):
         tp: TensorParallel | None = None,
         part: Part | None = None,
         data: tuple[Ranks, ...] = (),
+        source_len: int | None = None,
     ) -> None:
-        super().__init__()
-        self.config, self.scheme, self.n_layers, self.seq_len = config, scheme, config.n_layers, seq_len
-        self.part = part = part or Part(range(config.n_layers), first=True, last=True)
-        self.tp = tp = tp or TensorParallel()
+        part = part or Part(range(config.n_all_layers), first=True, last=True)
+        tp = tp or TensorParallel()
         sizes: dict[Axis, int] = {
             "dim": config.dim,
             "head": config.n_heads,
@@ -333,44 +453,48 @@ class Transformer(nn.Module):
         def norm_at(width: Span, site: Site) -> nn.Module:
             return norm(NormSite(width, tp, config.norm_eps, config.bias, site, data))
 
-        self.design = design = Design(
-            config, scheme, norm_at, partial(score, heads), weight_norms or {}, slots, spans, tp
-        )
-        ends = design.site(0, "stack")
+        def score_of(n_keys: int) -> Score:
+            return score(replace(heads, seq_len=n_keys))
 
+        stack: StackName = "encoder" if config.is_encoder else "decoder"
+        design = Design(config, scheme, norm_at, score_of, weight_norms or {}, slots, spans, tp, stack, seq_len)
+        encoder = None
+        if config.n_encoder_layers:
+            source_len = source_len or seq_len
+            of_encoder, of_decoder = part.of_stacks(config.n_encoder_layers)
+            encoder = Stack(replace(design, stack="encoder", seq_len=source_len), of_encoder)
+            design = replace(design, memory_len=source_len)
         # A tied table stands at both ends.
         embeds = part.first or (part.last and config.tied)
-        self.embed = Embedding(spans["vocab"], spans["dim"], tp) if embeds else None
-        if self.embed is not None:
-            self.embed.weight_norm = design.normalizer(Role.EMBED, spans["vocab"], spans["dim"], None)
-        self.token = design.slot(ends, "token") if part.first else None
-        self.position: Embedding | Sinusoidal | None = None
-        self.rotary: Rotary | None = None
-        match config.position:
-            case "learned" if part.first:
-                self.position = Embedding(Span.whole(seq_len), spans["dim"], tp)
-            case "sinusoidal" if part.first:
-                self.position = Sinusoidal(seq_len, config.dim)
-            case "rope" | "rope_interleaved" as kind:
-                self.rotary = Rotary(config.head_dim, seq_len, config.rope_base, kind == "rope_interleaved")
-        self.stem = design.slot(ends, "embed") if part.first else None
-        # Keyed by the layer's number in the whole model, so that a part of the stack keeps its names.
-        self.blocks = nn.ModuleDict({str(l): Block(config, design, l) for l in part.layers})
-        self.final = design.slot(ends, "final") if part.last else None
+        embed = Embedding(spans["vocab"], spans["dim"], tp) if embeds else None
+        if embed is not None:
+            embed.weight_norm = design.normalizer(Role.EMBED, spans["vocab"], spans["dim"], None)
+        ends = design.site(0, "stack")
+        token = design.slot(ends, "token") if part.first else None
+        super().__init__(design, part if encoder is None else of_decoder, embed=embed, token=token, encoder=encoder)
+        self.config, self.scheme, self.tp, self.part = config, scheme, tp, part
+        self.n_layers, self.n_encoder_layers = config.n_layers, config.n_encoder_layers or 0
         has_head = part.last and not config.tied
         self.head = design.linear(Role.HEAD, spans["dim"], spans["vocab"], config.head_bias) if has_head else None
         self.logits = design.slot(ends, "logits") if part.last else None
         if self.logits is not None:
             self.logits.inside = True  # type: ignore[assignment]
         self.cross_entropy = CrossEntropy(spans["vocab"], tp)
-        self.through: Callable[[Run, range, Tensor], Tensor] = lambda run, places, x: run(places, x)
-        """How the stream goes through runs of blocks."""
-        self.recomputing = False
         self.loss_rows: int | None = None
         """Of how many positions there are logits at a time, for their loss; None: of all."""
-        # An attribute, not an argument: what wraps a model copies its arguments, lists among them.
-        self.signals: Signals | None = None
         self.precision = "fp32"
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """In the order of the computation."""
+        return [self] if self.encoder is None else [self.encoder, self]
+
+    @property
+    def layers(self) -> dict[int, nn.Module]:
+        """All blocks that are here, in the order of the computation, by their numbers among all of the model."""
+        return {
+            stack.first_number + int(layer): block for stack in self.stacks for layer, block in stack.blocks.items()
+        }
 
     def weight_norm_of(self, weight: Weight) -> WeightNorm | None:
         """What the forward makes of a matrix, whichever part of the stack has it; a description, without memory."""
@@ -383,6 +507,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: Tensor,
+        source: Tensor | None = None,
         targets: Tensor | None = None,
         segments: Tensor | None = None,
         keys: Tensor | None = None,
@@ -390,49 +515,58 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """tokens [B S] -> logits [B S V/n] or, with targets [B S], their summed cross-entropy [].
 
+        `source` [B T] is what an encoder reads, filled up with `config.padding`, which nothing attends to.
         With `segments`, the document of each position [B S], none attends to another document. With `keys` [B], random
         numbers of the samples, samples skip sublayers (stochastic depth).
-        A part without the first layers takes the stream [B S D] instead, one without the last gives the stream.
-        `signals`, unless None, collects what the layers show.
-        With a `cache`, tokens are those that come after what it has, and logits [B 1 V] those of each row's last.
+        A part without the first layers takes the stream [B S D] instead, one without the last gives the stream; that of
+        an encoder–decoder [B S+T D] is the target's and, after it, the source's.
+        With a `cache`, tokens are those that come after what it has, the source is given with the first, and logits
+        [B 1 V] are those of each row's last.
+
+        Errors: ValueError for an encoder–decoder without a source, and for another model with one.
         """
+        reads = self.encoder is not None and (cache is None or not cache.width)
+        if (source is not None) != reads:
+            raise ValueError(
+                "expected a source beside the target: model(target, source)"
+                if reads
+                else "expected no source: it has been read, or model.architecture is not 'encoder_decoder'"
+            )
         with autocast(self.precision, x.device):
-            return self._forward(x, targets, segments, keys, cache)
+            return self._forward(x, source, targets, segments, keys, cache)
 
     def _forward(
-        self, x: Tensor, targets: Tensor | None, segments: Tensor | None, keys: Tensor | None, cache: Cache | None
+        self,
+        x: Tensor,
+        source: Tensor | None,
+        targets: Tensor | None,
+        segments: Tensor | None,
+        keys: Tensor | None,
+        cache: Cache | None,
     ) -> Tensor:
-        seq_len = x.shape[1]
-        mask = None if cache is None else cache.enter(seq_len, x.device)
-        positions = None if cache is None else cache.positions
+        mask = None if cache is None else cache.enter(x.shape[1], x.device)
+        source_stream = None
         if self.part.first:
-            x = self._embedded(x, positions)
-        elif self.tp.sequence:
-            seq_len *= self.tp.size
-        rotary = None
-        if self.rotary is not None:
-            rotary = self.rotary(seq_len) if positions is None else self.rotary.at(positions)
+            seq_len, x = x.shape[1], self._embedded(self, x, None if cache is None else cache.positions)
+        else:
+            if source is not None:
+                n_source = len(self.tp.positions(source.shape[1]))
+                # Contiguous, as in the first part, so that all parts share their blocks' graphs.
+                x, source_stream = (y.contiguous() for y in x.split([x.shape[1] - n_source, n_source], 1))
+            seq_len = x.shape[1] * (self.tp.size if self.tp.sequence else 1)
+        memory = None
+        if self.encoder is not None:
+            read = partial(self._read, source, source_stream, keys)
+            source_stream, unmasked = read() if cache is None else cache.once("memory", read)
+            if self.blocks:
+                memory = Memory(self.tp.enter(source_stream), unmasked, None)
         if segments is None and self.config.is_encoder:
             segments = torch.zeros(1, seq_len, dtype=torch.int64, device=x.device)
         if segments is not None:
             mask = document_mask(segments, causal=not self.config.is_encoder)
-        signals, visible = self.signals, None
-        if signals is not None:
-            visible = keys_seen(mask, seq_len, signals.queries, x.device)
-            signals.begin(x, len(self.blocks), uniform_entropy(visible, len(x)))
-        blocks = [(int(layer), block) for layer, block in self.blocks.items()]
-
-        def run(places: range, x: Tensor) -> Tensor:
-            for place in places:
-                layer, block = blocks[place]
-                x, shown = block(x, rotary, mask, keys, visible, cache)
-                if signals is not None and shown is not None and not self.recomputing:
-                    signals.add(place, shown, x, layer)
-            return x
-
-        x = self.through(run, range(len(blocks)), x)
+        x = self.run(x, seq_len, mask, keys, memory, cache)
         if not self.part.last:
-            return x
+            return x if source_stream is None else torch.cat([x, source_stream], 1)
         assert self.final is not None
         if cache is not None:
             x = x[torch.arange(len(x), device=x.device), cache.last][:, None]  # [B S D] -> [B 1 D]
@@ -443,16 +577,28 @@ class Transformer(nn.Module):
         parameters = [parameter for module in reads for parameter in module.parameters()]
         return sum_over_rows(self._loss, x, targets, parameters, self.loss_rows or targets.numel())
 
-    def _embedded(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
-        """[B S] -> [B S D], by default at the positions from 0 on."""
-        assert self.embed is not None and self.token is not None and self.stem is not None
+    def _read(self, source: Tensor | None, stream: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A source [B T], and its stream where the first layers are elsewhere -> its stream [B T D] after the encoder's
+        layers that are here, and which of its positions are no padding [B 1 1 T]."""
+        assert self.encoder is not None and source is not None
+        if stream is None:
+            stream = self._embedded(self.encoder, source, None)
+        real = source != self.config.padding
+        real = real | ~real.any(1, keepdim=True)  # of a row that is all padding, so that no softmax is over nothing
+        unmasked = real[:, None, None]
+        stream = self.encoder.run(stream, source.shape[1], unmasked, keys)
+        return stream if self.encoder.final is None else self.encoder.final(stream), unmasked
+
+    def _embedded(self, stack: Stack, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """[B S] -> [B S D], the stream of a stack, by default at the positions from 0 on."""
+        assert self.embed is not None and self.token is not None and stack.stem is not None
         x = self.token(self.embed(tokens))
-        if self.position is not None:
+        if stack.position is not None:
             if positions is None:
                 here = self.tp.positions(tokens.shape[1])
                 positions = torch.arange(here.start, here.stop, device=tokens.device)
-            x = x + self.position(positions).to(x.dtype)
-        return self.stem(x)  # type: ignore[no-any-return]
+            x = x + stack.position(positions).to(x.dtype)
+        return stack.stem(x)  # type: ignore[no-any-return]
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """What the head reads [B S D], targets [B S] -> []."""
@@ -502,15 +648,21 @@ class Held:
 
 
 def held(
-    module: nn.Module, prefix: str = "", site: Site | None = None, inside: bool = False, n_layers: int = 0
+    module: nn.Module,
+    prefix: str = "",
+    site: Site | None = None,
+    inside: bool = False,
+    n_layers: tuple[int, int] = (0, 0),
 ) -> Iterator[Held]:
     """Every parameter exactly once, under its canonical name."""
     site, inside = getattr(module, "site", site), getattr(module, "inside", inside)
-    site, n_layers = None if site and site.kind == "stack" else site, getattr(module, "n_layers", n_layers)
+    site = None if site and site.kind == "stack" else site
+    if isinstance(module, Transformer):
+        n_layers = module.n_layers, module.n_encoder_layers
     for name, parameter in module.named_parameters(recurse=False):
         roles: Mapping[str, Role] = module.roles  # type: ignore[assignment]
         spans: tuple[Span, ...] = module.spans[name]  # type: ignore[index, assignment]
-        weight = Weight(roles[name], tuple(span.full for span in spans), site, n_layers)
+        weight = Weight(roles[name], tuple(span.full for span in spans), site, *n_layers)
         divided = not all(span.is_whole for span in spans)
         tensor = parameter.detach()
         if isinstance(tensor, DTensor):

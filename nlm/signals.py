@@ -1,6 +1,7 @@
 """What a recorded step shows of itself while it computes: sums and maxima over the elements of the tensors that pass
 by, which add up over microbatches and ranks."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Watch(NamedTuple):
 
 
 class Signals:
-    """Those of one step through L consecutive layers of two sublayers; the lists have an entry a microbatch.
+    """Those of one step through L consecutive layers of P sublayers; the lists have an entry a microbatch.
 
     `queries`: attention shows so many of each sequence, evenly spread.
     """
@@ -31,40 +32,40 @@ class Signals:
     def __init__(self, queries: int) -> None:
         self.queries = queries
         self.units: list[Tensor] = []
-        """[2L F/n]: Σ |a| of the hidden units, 0 for attention."""
+        """[PL F/n]: Σ |a| of the hidden units, 0 for attention."""
         self.columns: list[Tensor] = []
-        """[1+2L C]: the stream before the first layer, then the sublayers."""
-        self.uniform: list[Tensor] = []
-        """[]: the sum of the entropies that attention would have if it were uniform, of one head."""
+        """[1+PL C]: the stream before the first layer, then the sublayers."""
+        self.uniform: list[Mapping[str, Tensor]] = []
+        """By kind of attention, []: the sum of the entropies that it would have if it were uniform, of one head."""
         self.gradients: dict[int, list[Tensor]] = {}
         """By layer, []: the sum of squares of the loss's gradient by the stream after it."""
 
-    def begin(self, x: Tensor, n_layers: int, uniform: Tensor) -> None:
-        """A forward of the stream x through so many layers. It lays out at once what it has seen in the end: small
-        tensors that stay between large ones that go would leave memory in pieces."""
-        self.elements, self.n_layers = x.numel(), n_layers
-        columns = torch.zeros(1 + 2 * n_layers, len(COLUMNS), dtype=_flat(x).dtype, device=x.device)
+    def begin(self, x: Tensor, n_layers: int, n_sublayers: int, uniform: Mapping[str, Tensor]) -> None:
+        """A forward of the stream x through so many layers, of so many sublayers each. It lays out at once what it has
+        seen in the end: small tensors that stay between large ones that go would leave memory in pieces."""
+        self.elements, self.n_sublayers, self.n_in_all = x.numel(), n_sublayers, n_sublayers * n_layers
+        columns = torch.zeros(1 + self.n_in_all, len(COLUMNS), dtype=_flat(x).dtype, device=x.device)
         columns[0, -len(MOMENTS) - 1 : -1] = moments(x)
         self.columns.append(columns)
         self.uniform.append(uniform)
 
     def add(self, place: int, rows: Tensor, x: Tensor, layer: int) -> None:
-        """What the block at `place` in the part has seen [2 F/n+C], and the stream x that leaves it."""
+        """What the block at `place` in the part has seen [P F/n+C], and the stream x that leaves it."""
         n_units = rows.shape[1] - len(COLUMNS)
         if place == 0:
-            self.units.append(rows.new_empty(2 * self.n_layers, n_units))
-        here = slice(2 * place, 2 * place + 2)
+            self.units.append(rows.new_empty(self.n_in_all, n_units))
+        here = slice(self.n_sublayers * place, self.n_sublayers * (place + 1))
         self.units[-1][here] = rows[:, :n_units]
         self.columns[-1][1:][here] = rows[:, n_units:]
         if x.requires_grad:
             x.register_hook(lambda gradient: self.gradients.setdefault(layer, []).append(squares(gradient)))
 
     def rms(self) -> Tensor:
-        """Of one forward -> [L 2 3]: of the stream before each sublayer, of what that gives, of the stream after it."""
+        """Of one forward -> [L P 3]: of the stream before each sublayer, of what that gives, of the stream after it."""
         (columns,) = self.columns
         branch, stream = (columns[:, COLUMNS.index(name)] for name in ("branch_squares", "stream_squares"))
         squares = torch.stack([stream[:-1], branch[1:], stream[1:]], -1) / self.elements
-        return squares.sqrt().view(-1, 2, 3)
+        return squares.sqrt().view(-1, self.n_sublayers, 3)
 
 
 def moments(x: Tensor) -> Tensor:

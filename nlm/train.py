@@ -237,7 +237,7 @@ def _greeting(engine: Engine, mesh: Mesh) -> str:
     layout = f"{mesh.device.type} x " + " x ".join(ranks) if ranks else f"{mesh.device}"
     mode = engine.config.parallel.recompute
     again = f", recompute = {mode!r}" if mode != "none" else ""
-    return f"{n_parameters:,} parameters in {engine.config.model.n_layers} layers on {layout}{again}"
+    return f"{n_parameters:,} parameters in {engine.config.model.n_all_layers} layers on {layout}{again}"
 
 
 def passes(corpus: Corpus, batches: int) -> dict[str, float]:

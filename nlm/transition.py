@@ -78,7 +78,7 @@ class Tokens:
 
     def look(self, model: nn.Module, arguments: tuple[Tensor | None, ...]) -> None:
         """Before the model's forward."""
-        tokens, _, segments, _ = arguments
+        tokens, _, _, segments, _ = arguments
         assert tokens is not None
         self.kinds = torch.full_like(tokens, ORDINARY)
         if "ends" in self.special and self.end is not None:

@@ -118,7 +118,7 @@ def plain_ddp(n_layers: int) -> Step:
     rows = batch(WIDTH["vocab_size"], 16, 64).chunk(dist.get_world_size())[dist.get_rank()]
 
     def step(_: int) -> None:
-        (model(rows[:, :-1], rows[:, 1:]) / rows[:, 1:].numel()).backward()
+        (model(rows[:, :-1], targets=rows[:, 1:]) / rows[:, 1:].numel()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

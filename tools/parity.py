@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from entries import COMBINATIONS, ENCODERS, MIXED
 from launched import PROCESSES, free_port
+from pairs import Pairs
 
 from nlm import SCHEMES
 from nlm.build import parse_config
@@ -250,6 +251,30 @@ VARIANT_ROWS = {
 }
 
 
+PAIR_LAYOUTS = (
+    *("ddp2", "fsdp2", "hsdp2x2", "tp2+sp", "fsdp2xtp2", "pp2-1f1b", "pp2-interleaved", "pp2-zbv", "pp2-dualpipev"),
+    *("tp2xpp2", "fsdp2xtp2xpp2", "pp4-1f1b", "zero0", "zero1", "zero2xtp2+sp", "zero3"),
+)
+PAIRS: Table = MODEL | {"architecture": "encoder_decoder", "vocab_size": 258, "n_layers": 4, "n_encoder_layers": 3}
+PAIR_ROWS = {
+    row.name: row
+    for row in (
+        Row(
+            f"pairs, {', '.join([name, *words])}",
+            PAIRS | {"scheme": {"name": name} | fields} | model,
+            PAIR_LAYOUTS,
+            train={"source_len": 12},
+            **more,
+        )
+        for name, fields, words, model, more in (
+            ("deepnorm", {}, ["tied"], {"tied": True}, {}),
+            ("pre_ln", {}, ["sqrt"], {"position": "learned"}, {"everywhere": {"recompute": "sqrt"}}),
+            ("normformer", {}, ["dropped"], {"stochastic_depth": 0.2}, {"parallel": {"loss_rows": 24}}),
+            ("ngpt", {"alpha": 0.05}, ["spectra"], {}, {"statistics": {"spectra_every": 2, "noise_every": 2}}),
+            ("peri_ln", {}, ["compile"], {"position": "sinusoidal"}, {"everywhere": {"compile": True}}),
+        )
+    )
+}
 DEEP_ROWS = {
     name: Row(
         name,
@@ -288,6 +313,7 @@ GROUPS = {
     "mixed": MIXED_ROWS,
     "variants": VARIANT_ROWS,
     "optimizers": OPTIMIZER_ROWS,
+    "pairs": PAIR_ROWS,
     "deep": DEEP_ROWS,
 }
 ROWS = {name: row for rows in GROUPS.values() for name, row in rows.items()}
@@ -303,6 +329,8 @@ def write_tokens(folder: Path) -> None:
 
 def train_rank(connection: Connection) -> None:
     """Trains as one rank of each run that it is told of, until it is told of none."""
+    import nlm.train
+    from nlm.data.rank import RankData
     from nlm.train import train
 
     torch.set_num_threads(1)
@@ -314,8 +342,10 @@ def train_rank(connection: Connection) -> None:
             os.environ.pop(name, None)
         began = time.process_time()
         try:
+            config = parse_config(table)
+            nlm.train.RankData = Pairs if config.model.reads_source else RankData
             with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
-                train(parse_config(table))
+                train(config)
         except Exception:
             connection.send(traceback.format_exc())
         else:

@@ -83,7 +83,7 @@ def compiled_difference(config: Config, backend: str = "inductor") -> float:
     tokens = torch.randint(config.model.n_tokens, (2, config.train.seq_len + 1), generator=generator)
 
     def gradients() -> list[torch.Tensor]:
-        loss = model(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+        loss = model(tokens[:, :-1], targets=tokens[:, 1:]) / tokens[:, 1:].numel()
         return list(torch.autograd.grad(loss, parameters))
 
     eager = gradients()

@@ -72,27 +72,44 @@ def spread(activation: str, gated: bool) -> float:
 
 
 class Transcription:
-    """`seq_len` is that of the training, which some equations know."""
+    """`seq_len` and `source_len` are those of the training, which some equations know."""
 
-    def __init__(self, parameters: dict[str, Array], model: ModelConfig, *, seq_len: int) -> None:
-        self.p, self.model, self.scheme, self.seq_len = parameters, model, model.scheme.name, seq_len
+    def __init__(
+        self, parameters: dict[str, Array], model: ModelConfig, *, seq_len: int, source_len: int | None = None
+    ) -> None:
+        self.p, self.model, self.scheme = parameters, model, model.scheme.name
+        self.lengths = {"": seq_len, "encoder.": source_len}
+        self.stack, self.memory = "", None
         self.weight_norm = getattr(model, "weight_norm", None)
         assert self.scheme != "nf" or self.weight_norm is None, "no transcription of nf with a weight norm: write one"
 
-    def logits(self, tokens: NDArray[np.int64]) -> Array:
-        """tokens [B S] -> [B S V]."""
-        return np.stack([self.sequence(row) for row in tokens])
+    def logits(self, tokens: NDArray[np.int64], source: NDArray[np.int64] | None = None) -> Array:
+        """tokens [B S], of an encoder–decoder with sources [B T] -> [B S V]."""
+        if source is None:
+            return np.stack([self.sequence(row) for row in tokens])
+        return np.stack([self.pair(*rows) for rows in zip(tokens, source, strict=True)])
 
-    def sequence(self, tokens: NDArray[np.int64]) -> Array:
-        x = self.embedding(tokens)  # [S D]
+    def pair(self, target: NDArray[np.int64], source: NDArray[np.int64]) -> Array:
+        """What fills a source is not there."""
+        self.stack = "encoder."
+        self.memory = self.stream(source[source != self.model.vocab_size - 1])
+        self.stack = ""
+        return self.sequence(target)
+
+    def stream(self, tokens: NDArray[np.int64]) -> Array:
+        """Through one stack, [S] -> [S D]."""
+        x = self.embedding(tokens)
         if self.scheme == "peri_ln":
-            x = self.norm("stem", x)
-        for n, at in enumerate(self.sublayers()):
+            x = self.norm(f"{self.stack}stem", x)
+        sublayers = self.sublayers()
+        for n, at in enumerate(sublayers):
             x = self.sublayer(n, at, x)
         if self.scheme in FINAL_NORM:
-            x = self.norm("final", x)
-        if self.scheme == "nf":
-            x = x / self.predicted_std(2 * self.model.n_layers)
+            x = self.norm(f"{self.stack}final", x)
+        return x / self.predicted_std(len(sublayers)) if self.scheme == "nf" else x
+
+    def sequence(self, tokens: NDArray[np.int64]) -> Array:
+        x = self.stream(tokens)
         head = self.matrix("embed" if self.model.tied else "head")
         if self.scheme == "without_tears":
             head = unit(head)
@@ -113,7 +130,7 @@ class Transcription:
             x = self.p["token.scale"] * x
         positions = np.arange(len(tokens))
         if self.model.position == "learned":
-            x = x + self.p["position.weight"][positions]
+            x = x + self.p[f"{self.stack}position.weight"][positions]
         if self.model.position == "sinusoidal":
             for i in range(0, self.model.dim, 2):
                 x[:, i] += np.sin(positions / 10000 ** (i / self.model.dim))
@@ -122,14 +139,29 @@ class Transcription:
 
     def sublayers(self) -> list[str]:
         period = BRAINFORMER if self.scheme == "brainformer" else (("attn", "ffn"),)
-        layers = range(self.model.n_layers)
-        return [f"blocks.{layer}.{kind}" for layer in layers for kind in period[layer % len(period)]]
+        if self.memory is not None and not self.stack:
+            period = (("attn", "cross", "ffn"),)
+        return [f"{self.stack}blocks.{l}.{kind}" for l in range(self.n_layers) for kind in period[l % len(period)]]
+
+    @property
+    def n_layers(self) -> int:
+        return self.model.n_encoder_layers if self.stack else self.model.n_layers
+
+    @property
+    def alpha(self) -> float:
+        """Of DeepNorm, by the table in its figure 2: M layers of a decoder, N of an encoder."""
+        M, N = self.model.n_layers, getattr(self.model, "n_encoder_layers", None)
+        if N is None:
+            return (2 * M) ** (1 / 4)
+        return 0.81 * (N**4 * M) ** (1 / 16) if self.stack else (3 * M) ** (1 / 4)
 
     def sublayer(self, n: int, at: str, x: Array) -> Array:
         """The sublayer `at`, with n before it."""
-        residual, l, L = f"{at}_residual", n // 2 + 1, self.model.n_layers
+        residual, l, L = f"{at}_residual", n // 2 + 1, self.n_layers
 
         def f(h: Array) -> Array:
+            if at.endswith("cross"):
+                return self.attention(at, h, self.memory)
             return self.attention(at, h) if at.endswith("attn") else self.feed_forward(at, h)
 
         def norm(h: Array, name: str = "norm") -> Array:
@@ -139,12 +171,12 @@ class Transcription:
             return self.p[f"{residual}.{name}"]
 
         match self.scheme, at.rpartition(".")[2]:
-            case ("pre_ln" | "sub_ln" | "without_tears" | "brainformer", _) | ("normformer", "ffn"):
+            case ("pre_ln" | "sub_ln" | "without_tears" | "brainformer", _) | ("normformer", "ffn" | "cross"):
                 return x + f(norm(x))
             case "post_ln", _:
                 return norm(x + f(x))
             case "deepnorm", _:
-                return norm((2 * L) ** 0.25 * x + f(x))
+                return norm(self.alpha * x + f(x))
             case ("peri_ln" | "sandwich_ln", _) | ("normformer", "attn"):
                 return x + norm(f(norm(x, "norm_in")), "norm_out")
             case "olmo2", _:
@@ -158,7 +190,7 @@ class Transcription:
             case "norm_free" | "t_fixup", _:
                 return x + f(x)
             case "rezero", _:
-                return x + self.p[f"blocks.{l - 1}.attn_residual.alpha"] * f(x)
+                return x + self.p[f"{at.rpartition('.')[0]}.attn_residual.alpha"] * f(x)
             case "skipinit", _:
                 return x + own("alpha") * f(x)
             case "fixup", _:
@@ -166,7 +198,8 @@ class Transcription:
             case "nf", _:
                 return x + self.nf_alpha * own("skip_gain") * f(x / self.predicted_std(n))
             case "ngpt", _:
-                alpha = np.abs(own("alpha") * min(0.05, 1 / L) * sqrt(self.model.dim))
+                rate = self.model.scheme.fields.get("alpha", min(0.05, 1 / L))
+                alpha = np.abs(own("alpha") * rate * sqrt(self.model.dim))
                 h = unit(x)
                 return unit(h + alpha * (unit(f(h)) - h))
         raise AssertionError(f"no transcription of {self.scheme}: write one")
@@ -179,9 +212,13 @@ class Transcription:
         """Of nf's stream after n sublayers, each of which adds the variance α² to the 1 of the embedding."""
         return sqrt(1 + self.nf_alpha**2 * n)
 
-    def attention(self, at: str, x: Array) -> Array:
+    def attention(self, at: str, x: Array, memory: Array | None = None) -> Array:
+        """To x itself, or to all of a memory, without positions."""
+        self.crosses = memory is not None
         n_heads, n_kv_heads, score = self.model.n_heads, self.model.n_kv_heads, self.model.attention.score
-        q, k, v = (self.linear(f"{at}.w{name}", x) for name in "qkv")  # [S H·Dh]
+        read = x if memory is None else memory
+        q, k, v = (self.linear(f"{at}.w{name}", y) for name, y in zip("qkv", (x, read, read), strict=True))
+        # [S H·Dh]
         if score == "rms_qknorm_full":
             q, k = self.rms(f"{at}.score.q_norm", q), self.rms(f"{at}.score.k_norm", k)
         queries, keys, values = np.split(q, n_heads, -1), np.split(k, n_kv_heads, -1), np.split(v, n_kv_heads, -1)
@@ -192,9 +229,9 @@ class Transcription:
         z = np.concatenate(heads, -1)
         if score == "rela":
             z = self.rms(f"{at}.score.norm", z) * sigmoid(self.p[f"{at}.score.gate"] * z)
-        if self.scheme == "normformer":
+        if self.scheme == "normformer" and not self.crosses:
             z = z * np.repeat(self.p[f"{at}.slots.heads.scale"], self.model.head_dim)
-        if self.scheme == "sub_ln":
+        if self.scheme == "sub_ln" and not self.crosses:
             z = self.norm(f"{at}.slots.heads", z)
         return self.linear(f"{at}.wo", z)
 
@@ -218,15 +255,15 @@ class Transcription:
                 q, k, scale = unit(q), unit(k), exp(min(self.p[f"{at}.score.log_scale"][h], log(100)))
             case "galerkin":
                 scale = 1.0
-        out = np.empty_like(v)
+        out = np.empty_like(q)
         for t in range(len(q)):
-            seen = self.seen(t, len(q))
+            seen = self.seen(t, len(k))
             out[t] = self.weights(scale * (k[:seen] @ q[t])) @ v[:seen]
         return out
 
     def seen(self, t: int, n: int) -> int:
         """How many of n positions the position t sees, from the first on."""
-        return n if self.model.is_encoder else t + 1
+        return n if self.model.is_encoder or self.stack or self.crosses else t + 1
 
     def weights(self, s: Array) -> Array:
         """What one query gives the values of the keys that it sees, by their scores."""
@@ -252,7 +289,7 @@ class Transcription:
                 cap = fields.get("cap", 50.0)
                 return softmax(cap * np.tanh(s / cap))
             case "sigmoid":
-                return sigmoid(s + fields.get("bias", -log(self.seq_len)))
+                return sigmoid(s + fields.get("bias", -log(self.lengths["encoder." if self.crosses else self.stack])))
         raise AssertionError(f"no transcription of {self.model.attention.score}: write one")
 
     def placed_query(self, at: str, h: int, q: Array) -> Array:
@@ -272,9 +309,9 @@ class Transcription:
         features_k = [relu(sign * k**3) for sign in (1, -1)]
         turned_q = [self.placed_query(at, h, part) for part in features_q]
         turned_k = [self.placed_key(part) for part in features_k]
-        out = np.empty_like(v)
+        out = np.empty_like(q)
         for t in range(len(q)):
-            seen = self.seen(t, len(q))
+            seen = self.seen(t, len(k))
             above = sum(keys[:seen] @ query[t] for query, keys in zip(turned_q, turned_k, strict=True))
             below = sum(keys[:seen] @ query[t] for query, keys in zip(features_q, features_k, strict=True))
             out[t] = above @ v[:seen] / seen / (below.mean() + 1e-6)
@@ -301,6 +338,8 @@ class Transcription:
 
     def rope(self, x: Array) -> Array:
         """[S Dh]: the pair i of position t as a complex number times exp(i t θ_i)."""
+        if self.crosses:
+            return x
         half = self.model.head_dim // 2
         if self.model.position == "rope":
             first, second = np.arange(half), np.arange(half) + half
@@ -415,7 +454,13 @@ def difference(config: Config) -> float:
                     getattr(module, name).uniform_(0.5, 2.0, generator=generator)
     model.eval()
     parameters = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    tokens = torch.randint(config.model.vocab_size, (2, config.train.seq_len), generator=generator)
-    ours = model(tokens).detach().numpy()
-    theirs = Transcription(parameters, config.model, seq_len=config.train.seq_len).logits(tokens.numpy())
+    tokens = torch.randint(config.model.n_tokens, (2, config.train.seq_len), generator=generator)
+    read, source_len = (tokens,), getattr(config, "source_len", None)
+    if config.model.architecture == "encoder_decoder":
+        source = torch.randint(config.model.n_tokens, (2, source_len), generator=generator)
+        source[1, source_len // 2 :] = config.model.padding
+        read = tokens, source
+    ours = model(*read).detach().numpy()
+    transcription = Transcription(parameters, config.model, seq_len=config.train.seq_len, source_len=source_len)
+    theirs = transcription.logits(*(rows.numpy() for rows in read))
     return float(np.abs(ours - theirs).max() / theirs.std())

@@ -19,10 +19,15 @@ from nlm.random import mixed
 class RankData:
     """Every rank reads its own rows; of streams, the one that speaks reads all rows and passes them on.
 
-    Errors: as of Corpus.
+    Errors: as of Corpus; ValueError for a model that reads pairs.
     """
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
+        if config.model.reads_source:
+            raise ValueError(
+                "data.train: expected pairs of source and target for model.architecture = 'encoder_decoder', got text; "
+                "set another architecture"
+            )
         self.config, self.mesh, self.corpus = config, mesh, Corpus(config)
         self._validation: ShardSource | None = None
         if config.data.validation is not None:

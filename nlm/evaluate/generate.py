@@ -26,21 +26,23 @@ class Generated(Continuation):
 
 @final
 class CachedDecoder:
-    """A decoder with a cache, as the search wants it; of the vocabulary, tokens in range(n_tokens) alone.
+    """A decoder with a cache, as the search wants it; of the vocabulary, tokens in range(n_tokens) alone. An
+    encoder–decoder reads beside each text that starts one of the `sources`.
 
     Errors: ValueError for a model from which nothing can be generated.
     """
 
-    def __init__(self, model: Transformer, n_tokens: int | None = None) -> None:
+    def __init__(
+        self, model: Transformer, n_tokens: int | None = None, sources: Sequence[Sequence[int]] | None = None
+    ) -> None:
         refuse(model)
-        self.model, self.n_tokens = model, n_tokens
+        self.model, self.n_tokens, self.sources = model, n_tokens, sources
         self.device = next(model.parameters()).device
 
     @torch.inference_mode()
     def start(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        lengths = [len(text) for text in texts]
-        self.cache = Cache(lengths)
-        return self._next([[*text, *[0] * (max(lengths) - len(text))] for text in texts])
+        self.cache = Cache([len(text) for text in texts])
+        return self._next(texts, self.sources)
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -49,9 +51,16 @@ class CachedDecoder:
     def select(self, rows: Sequence[int]) -> None:
         self.cache.select(rows)
 
-    def _next(self, tokens: list[list[int]]) -> Tensor:
-        logits: Tensor = self.model(torch.tensor(tokens, device=self.device), cache=self.cache)
+    def _next(self, tokens: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] | None = None) -> Tensor:
+        source = None if sources is None else self._filled(sources)
+        logits: Tensor = self.model(self._filled(tokens), source, cache=self.cache)
         return logits[:, 0, : self.n_tokens]
+
+    def _filled(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """[B S]: the longest, and others filled up on their right."""
+        longest = max(map(len, texts))
+        rows = [[*text, *[self.model.config.padding] * (longest - len(text))] for text in texts]
+        return torch.tensor(rows, device=self.device)
 
 
 def refuse(model: Transformer) -> None:
@@ -95,6 +104,8 @@ def generate(
     model does not have, more positions than it has, choices that do nothing together; FloatingPointError where the
     model gives logits that are not finite.
     """
+    if model.encoder is not None:
+        raise ValueError("model.architecture: expected a decoder, got an encoder_decoder, which translates")
     refuse(model)
     search = _search(temperature, top_k, top_p, seed, beams, length_penalty, n)
     vocab_size = model.config.vocab_size
@@ -197,13 +208,13 @@ def _tokens(prompt: str | Sequence[int], tokenizer: Tokenizer | None) -> list[in
 
 def _limit(model: Transformer, length: int, max_tokens: int | None, number: int) -> int:
     """How many tokens may follow a prompt of that length: the last of them is read by nobody, and needs no position."""
-    room = model.seq_len + 1 - length
+    room = model.design.seq_len + 1 - length
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
     endless = model.position is None
     if (room < 1 and not (endless and max_tokens)) or (not endless and (max_tokens or 1) > room):
         raise ValueError(
-            f"prompt {number + 1}: expected at most {model.seq_len} positions, those of training, "
+            f"prompt {number + 1}: expected at most {model.design.seq_len} positions, those of training, "
             f"got a prompt of {length} tokens and max_tokens = {max_tokens}; "
             + ("give max_tokens to go beyond" if endless else "shorten them")
         )

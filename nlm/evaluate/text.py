@@ -39,10 +39,8 @@ def reading(config: Config, window: int | None = None, stride: int | None = None
     longest, problems = config.train.seq_len, []
     window = longest if window is None else window
     stride = max(1, window // 2) if stride is None else stride
-    if config.model.is_encoder:
-        problems.append(
-            "model.architecture: an encoder does not predict the next token; give the checkpoint of a decoder"
-        )
+    if (kind := config.model.architecture) != "decoder":
+        problems.append(f"model.architecture: expected 'decoder', which predicts a text's next token, got {kind!r}")
     if not 1 <= window <= longest:
         problems.append(f"--window: expected 1 to train.seq_len = {longest}, the longest context learned, got {window}")
     elif not 1 <= stride <= window:

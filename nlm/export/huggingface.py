@@ -27,10 +27,8 @@ UNTRAINED = {"steps": 1, "lr": 1e-4, "data": "none"}
 
 def write(model: Transformer, config: Config, tokenizer: str | None, folder: Path) -> str:
     """-> by which class transformers will load it. Errors: ValueError for an encoder, and as of `write_tokenizer`."""
-    if config.model.is_encoder:
-        raise ConfigError(
-            ["model.architecture: expected 'decoder', got 'encoder': it predicts no next token; use --format torch"]
-        )
+    if (kind := config.model.architecture) != "decoder":
+        raise ConfigError([f"model.architecture: expected 'decoder', got {kind!r}; use --format torch"])
     native = architecture_of(config, model.scheme, HUGGING_FACE)
     tensors = model.state_dict()
     if native is not None:

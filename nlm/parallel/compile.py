@@ -35,7 +35,7 @@ def compile_model(
     autograd_config.recompute_views = True
     if kernels == "triton":
         backend = partial(_with_triton, lookup_backend(backend) if isinstance(backend, str) else backend, say)
-    for module in (*model.blocks.values(), model.cross_entropy):
+    for module in (*model.layers.values(), model.cross_entropy):
         module.forward = torch.compile(  # type: ignore[method-assign]
             module.forward, fullgraph=True, dynamic=False, backend=backend
         )

@@ -1,6 +1,8 @@
 """Pipeline parallelism: which rank holds which layers, and the schedules of torch.distributed.pipelining."""
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -24,28 +26,56 @@ SCHEDULES = {
 }
 
 
-def split(config: ModelConfig, seq_len: int, n_stages: int) -> list[Part]:
-    """The stack in `n_stages` parts of as nearly equal cost as can be, every layer in exactly one.
+def split(config: ModelConfig, seq_len: int, n_stages: int, source_len: int | None = None) -> list[Part]:
+    """The layers in `n_stages` parts of as nearly equal cost as can be, every layer in exactly one.
 
-    Cost is in multiply-adds a token: a layer's matrices and its scores, the head's matrix, the embedding's one row.
-    The layers go one by one to the stage that has least to do yet, the later of equals.
+    Cost is in multiply-adds a row: a layer's matrices and its scores, the head's matrix, the embedding's one row.
+    The layers go one by one to the stage that has least to do yet, the later of equals; where an encoder's cost other
+    than a decoder's, neighbours then exchange layers while it helps the one that has more to do.
     """
-    kv = 2 * config.n_kv_heads * config.head_dim
-    attention = config.dim * (2 * config.n_heads * config.head_dim + kv) + seq_len * config.n_heads * config.head_dim
-    layer = attention + config.dim * config.ffn_dim * (3 if config.gated else 2)
-    load = [0.0] * n_stages
-    load[0] += config.dim
-    load[-1] += config.dim * config.vocab_size
-    counts = [0] * n_stages
-    for _ in range(config.n_layers):
+    costs = _layer_costs(config, seq_len, source_len or seq_len)
+    ends = [0.0] * n_stages
+    ends[0] += seq_len * config.dim
+    ends[-1] += seq_len * config.dim * config.vocab_size
+    load, counts = list(ends), [0] * n_stages
+    for _ in costs:
         stage = min(reversed(range(n_stages)), key=load.__getitem__)
-        load[stage] += layer
+        load[stage] += sum(costs) / len(costs)
         counts[stage] += 1
-    parts, start = [], 0
-    for stage, count in enumerate(counts):
-        parts.append(Part(range(start, start + count), first=stage == 0, last=stage == n_stages - 1))
-        start += count
-    return parts
+    borders = [0, *accumulate(counts)]
+
+    def most(stage: int, border: int) -> float:
+        """Of a stage and the next, with that border between them."""
+        parts = (borders[stage], border), (border, borders[stage + 2])
+        return max(sum(costs[slice(*part)], end) for part, end in zip(parts, ends[stage:], strict=False))
+
+    moves = True
+    while moves:
+        moves = False
+        for stage in range(n_stages - 1):
+            here = borders[stage + 1]
+            others = [b for b in (here - 1, here + 1) if borders[stage] <= b <= borders[stage + 2]]
+            if others and most(stage, best := min(others, key=partial(most, stage))) < most(stage, here):
+                borders[stage + 1], moves = best, True
+    return [
+        Part(range(start, stop), first=stage == 0, last=stage == n_stages - 1)
+        for stage, (start, stop) in enumerate(pairwise(borders))
+    ]
+
+
+def _layer_costs(config: ModelConfig, seq_len: int, source_len: int) -> list[int]:
+    """Of every layer, an encoder's first, for one row."""
+    inner, kv = config.n_heads * config.head_dim, 2 * config.n_kv_heads * config.head_dim
+
+    def attention(queries: int, keys: int) -> int:
+        return config.dim * (queries * 2 * inner + keys * kv) + queries * keys * inner
+
+    def layer(positions: int) -> int:
+        return attention(positions, positions) + positions * config.dim * config.ffn_dim * (3 if config.gated else 2)
+
+    encoder = config.n_encoder_layers or 0
+    cross = attention(seq_len, source_len) if encoder else 0
+    return [layer(source_len)] * encoder + [layer(seq_len) + cross] * config.n_layers
 
 
 def stages_of(rank: int, parallel: ParallelConfig) -> list[int]:
@@ -100,18 +130,20 @@ class PipelineEngine(TorchEngine):
         )
 
     def _stream(self, rows: int, device: str | torch.device) -> Tensor:
-        """[B S/n D], empty."""
-        positions = len(self.mesh.tp.positions(self.config.train.seq_len))
+        """[B S/n D], or [B (S+T)/n D] with that of an encoder's source, empty."""
+        lengths = [self.config.train.seq_len] + [self.config.source_len] * self.config.model.reads_source
+        positions = sum(len(self.mesh.tp.positions(length)) for length in lengths)
         dtype = torch.float64 if self.config.train.precision == "fp64" else torch.float32
         return torch.empty(rows, positions, self.config.model.dim, dtype=dtype, device=device)
 
     def train(self, rows: Batch) -> list[Tensor]:
         last = self.n_stages - 1 in self.stages
         losses: list[Tensor] = []
-        given = {"targets": rows.targets if last else None, "segments": rows.segments, "keys": rows.keys}
+        targets = rows.targets if last else None
+        given = {"source": rows.source, "targets": targets, "segments": rows.segments, "keys": rows.keys}
         self.schedule.step(
             *([rows.inputs] if 0 in self.stages else []),
-            target=rows.targets if last else None,
+            target=targets,
             losses=losses if last else None,
             return_outputs=False,
             **{name: tensor for name, tensor in given.items() if tensor is not None},

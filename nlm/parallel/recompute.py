@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from nlm.model import Run, Transformer
+from nlm.model import Run, Stack, Transformer
 
 PRODUCTS = [
     getattr(torch.ops.aten, name).default
@@ -37,13 +37,18 @@ COLLECTIVES = [
 def recompute(model: Transformer, mode: str) -> None:
     """In place, as `mode`, a value of parallel.recompute but "auto", has it."""
     assert mode != "auto", "nlm.plan.choose settles on one before a model is prepared"
+    for stack in model.stacks:
+        _recompute(stack, mode)
+
+
+def _recompute(stack: Stack, mode: str) -> None:
     match mode:
         case "block":
-            model.through = partial(_segments, model, length=1)
+            stack.through = partial(_segments, stack, length=1)
         case "offload":
-            model.through = partial(_offloaded, model)
+            stack.through = partial(_offloaded, stack)
         case "selective":
-            for block in model.blocks.values():
+            for block in stack.blocks.values():
                 block.forward = partial(  # type: ignore[method-assign]
                     checkpoint,
                     block.forward,
@@ -52,15 +57,15 @@ def recompute(model: Transformer, mode: str) -> None:
                     context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS + COLLECTIVES),
                 )
         case "sqrt":
-            model.through = partial(_segments, model, length=segment_length(len(model.blocks)))
+            stack.through = partial(_segments, stack, length=segment_length(len(stack.blocks)))
         case "nested":
-            model.through = partial(_halves, model)
+            stack.through = partial(_halves, stack)
 
 
 def segment_length(n_blocks: int) -> int:
     """Of how many blocks "sqrt" keeps one input: about as many as there are segments then (Chen et al. 2016,
     arXiv:1604.06174)."""
-    return ceil(sqrt(n_blocks))
+    return max(1, ceil(sqrt(n_blocks)))  # a stage of a pipeline may have none of a stack's
 
 
 def inputs_kept(mode: str, n_blocks: int) -> tuple[int, int]:
@@ -91,29 +96,29 @@ def _in_halves(n_blocks: int) -> int:
     return n_blocks if n_blocks < 2 else first + _in_halves(second) + _in_halves(first)
 
 
-def _segments(model: Transformer, run: Run, places: range, x: Tensor, length: int) -> Tensor:
+def _segments(stack: Stack, run: Run, places: range, x: Tensor, length: int) -> Tensor:
     for start in range(0, len(places), length):
-        x = _again(model, run, places[start : start + length], x)
+        x = _again(stack, run, places[start : start + length], x)
     return x
 
 
-def _offloaded(model: Transformer, run: Run, places: range, x: Tensor) -> Tensor:
+def _offloaded(stack: Stack, run: Run, places: range, x: Tensor) -> Tensor:
     """As block by block; the blocks' inputs wait for the backward in the host's memory."""
     with save_on_cpu(pin_memory=x.device.type == "cuda"):
-        return _segments(model, run, places, x, length=1)
+        return _segments(stack, run, places, x, length=1)
 
 
-def _halves(model: Transformer, run: Run, places: range, x: Tensor) -> Tensor:
+def _halves(stack: Stack, run: Run, places: range, x: Tensor) -> Tensor:
     """Each half likewise, down to blocks: on the way to one, an input a level is kept."""
     if len(places) < 2:
         return run(places, x)
     middle = ceil(len(places) / 2)
     for half in (places[:middle], places[middle:]):
-        x = _again(model, partial(_halves, model, run), half, x)
+        x = _again(stack, partial(_halves, stack, run), half, x)
     return x
 
 
-def _again(model: Transformer, run: Callable[[range, Tensor], Tensor], places: range, x: Tensor) -> Tensor:
+def _again(stack: Stack, run: Callable[[range, Tensor], Tensor], places: range, x: Tensor) -> Tensor:
     """The stream after these places; what is in between is not kept. No layer draws random numbers of torch's."""
     return checkpoint(  # type: ignore[no-any-return]
         run,
@@ -121,14 +126,14 @@ def _again(model: Transformer, run: Callable[[range, Tensor], Tensor], places: r
         x,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), _recomputing(model)),
+        context_fn=lambda: (nullcontext(), _recomputing(stack)),
     )
 
 
 @contextmanager
-def _recomputing(model: Transformer) -> Iterator[None]:
-    before, model.recomputing = model.recomputing, True
+def _recomputing(stack: Stack) -> Iterator[None]:
+    before, stack.recomputing = stack.recomputing, True
     try:
         yield
     finally:
-        model.recomputing = before
+        stack.recomputing = before

@@ -26,7 +26,7 @@ def shard(model: Transformer, parallel: ParallelConfig, mesh: Mesh) -> None:
     axes = ("dp_replicate", "dp_shard") if mesh.sizes["dp_replicate"] > 1 else ("dp_shard",)
     reshard = reshards(parallel)
     divide = partial(fully_shard, mesh=mesh.device_mesh[axes], reshard_after_forward=reshard)
-    blocks = list(model.blocks.values())
+    blocks = list(model.layers.values())
     size = blocks_per_unit(parallel, len(blocks))
     for start in range(0, len(blocks), size):
         divide(blocks[start : start + size])

@@ -31,10 +31,13 @@ def flops_per_token(config: Config) -> float:
 def _flops(config: Config, part: Part, rows: int) -> int:
     """Of forward and backward of a part of the stack over rows of tokens."""
     model, shape = design(config, part=part), (rows, config.train.seq_len)
+    source_len = config.source_len if config.model.reads_source else 0
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         faked(model)
         tokens = torch.zeros(shape, dtype=torch.int64)
-        x = tokens if part.first else torch.zeros(*shape, config.model.dim, requires_grad=True)
-        out = model(x, tokens if part.last else None, tokens if config.data.document_mask else None)
+        source = torch.zeros(rows, source_len, dtype=torch.int64) if source_len else None
+        stream = torch.zeros(rows, config.train.seq_len + source_len, config.model.dim, requires_grad=True)
+        x, targets = tokens if part.first else stream, tokens if part.last else None
+        out = model(x, source, targets, tokens if config.data.document_mask else None)
         out.sum().backward()
     return counter.get_total_flops()

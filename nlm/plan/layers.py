@@ -2,11 +2,10 @@
 
 from collections.abc import Hashable, Mapping
 
-from nlm.anatomy import Site
 from nlm.build import design
 from nlm.config import Config
-from nlm.model import Part
-from nlm.schemes.base import Equation, Learned, Norm, Scheme, Slot
+from nlm.model import Design, Part
+from nlm.schemes.base import Equation, Learned, Norm, Slot
 
 NOTHING = Part(range(0), first=False, last=False)
 ENDS = Part(range(0), first=True, last=True)
@@ -30,19 +29,20 @@ class Layers:
 
 
 def kinds(config: Config) -> list[int]:
-    """The first layer that is built as each layer is, [L]; numbers apart, which cost nothing."""
-    scheme, model = design(config, part=NOTHING).scheme, config.model
+    """The first layer that is built as each layer is, [L], an encoder's first; numbers apart, which cost nothing."""
     first: dict[Hashable, int] = {}
     return [
-        first.setdefault(_structure(scheme, layer, model.n_layers, model.dim, model.activation), layer)
-        for layer in range(model.n_layers)
+        first.setdefault(_structure(stack.design, layer), stack.first_number + layer)
+        for stack in design(config, part=NOTHING).stacks
+        for layer in range(stack.design.site(0, "stack").n_layers)
     ]
 
 
-def _structure(scheme: Scheme, layer: int, n_layers: int, dim: int, activation: str) -> Hashable:
-    sublayers = scheme.sublayers(layer)
-    sites = [Site(layer, n_layers, kind, dim, place, activation) for place, kind in enumerate(sublayers)]
-    return sublayers, *((_equation(scheme.residual(site)), _slots(scheme.slots(site))) for site in sites)
+def _structure(of: Design, layer: int) -> Hashable:
+    sublayers = of.scheme.sublayers(layer, of.memory_len is not None)
+    sites = [of.site(layer, kind, place) for place, kind in enumerate(sublayers)]
+    equations = ((_equation(of.scheme.residual(site)), _slots(of.scheme.slots(site))) for site in sites)
+    return of.stack, sublayers, *equations
 
 
 def _slots(slots: Mapping[str, Slot | Norm]) -> Hashable:

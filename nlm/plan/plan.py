@@ -46,8 +46,14 @@ def plan(config: Config, machine: Machine | None = None, gpus: int | None = None
     """Nothing of the model's size is allocated. `gpus`: of how many to compare the layouts; by default no others than
     that of the config.
 
-    Errors: ValueError for an engine whose memory is not known.
+    Errors: ValueError for an engine or a model whose memory is not known.
     """
+    if config.model.reads_source:
+        n, flops = sum(parameters_by_role(config).values()), flops_per_token(config)
+        raise ValueError(
+            "model.architecture: what the two stacks of an encoder_decoder keep in memory is not planned; it has "
+            f"{n:,} parameters and takes {flops:,.0f} FLOPs a token of the target"
+        )
     if config.parallel.engine != "torch":
         raise ValueError(
             "parallel.engine: what DeepSpeed keeps in memory is not planned; plan with engine = 'torch' and the same "
@@ -89,10 +95,10 @@ def with_parallel(config: Config, **keys: object) -> Config:
 def parameters_by_role(config: Config) -> dict[str, int]:
     """Of the whole model, every parameter counted once."""
     layers = Layers(config)
-    alike = Counter(map(layers.like, range(config.model.n_layers)))
+    alike = Counter(map(layers.like, range(config.model.n_all_layers)))
     found: Counter[str] = Counter()
     for h in held(part_of(with_parallel(config, tp=1, sequence_parallel=False), layers.traced)):
-        found[h.weight.role] += prod(h.weight.shape) * (alike[h.weight.site.layer] if h.weight.site else 1)
+        found[h.weight.role] += prod(h.weight.shape) * (alike[h.weight.site.number] if h.weight.site else 1)
     return {role: found[role] for role in Role if found[role]}
 
 

@@ -31,7 +31,7 @@ def text(plan: Plan) -> str:
 
 def _parts(plan: Plan) -> Iterator[Table | str]:
     model, parallel = plan.config.model, plan.config.parallel
-    yield f"{model.scheme.name}, {model.n_layers} layers: {_count(sum(plan.parameters.values()))} parameters"
+    yield f"{model.scheme.name}, {model.n_all_layers} layers: {_count(sum(plan.parameters.values()))} parameters"
     yield _roles(plan)
     again = plan.hardware_flops / plan.flops - 1
     yield f"FLOPs a token      {_count(plan.flops)}, and {again:.0%} on top that are computed again"

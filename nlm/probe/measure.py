@@ -87,8 +87,13 @@ class Probe:
 def probe(config: Config, width: int = 64) -> Probe:
     """The config's model, narrowed to `width` where it is wider, at its own depth and at fractions of it.
 
-    Errors: ValueError for a width that holds no head.
+    Errors: ValueError for a width that holds no head, and for two stacks.
     """
+    if config.model.reads_source:
+        raise ValueError(
+            "model.architecture: what is probed is one stream from the first layer to the last; probe the scheme with "
+            "model.architecture = 'decoder' and 'encoder'"
+        )
     if width < LEAST_HEAD_DIM:
         raise ValueError(f"--width: expected at least {LEAST_HEAD_DIM}, got {width}")
     model = narrowed(config.model, width)
@@ -208,7 +213,7 @@ def run(model: Transformer, batch: Batch) -> tuple[Tensor, list[tuple[Tensor, Te
         for block in model.blocks.values()
     ]
     try:
-        loss = model(batch.inputs, batch.targets, batch.segments) / batch.n_targets()
+        loss = model(*batch.arguments()[:4]) / batch.n_targets()
     finally:
         for hook in hooks:
             hook.remove()

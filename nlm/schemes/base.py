@@ -25,7 +25,7 @@ class Learned:
 
     `stored` is the number that the parameter itself starts at when it differs from `init`: the equation then
     sees parameter · init / stored, so that the relative step of an adaptive optimizer is lr / stored
-    (nGPT, Loshchilov et al. 2024, section 2.5). One that is `shared` is the same parameter in both sublayers of a
+    (nGPT, Loshchilov et al. 2024, section 2.5). One that is `shared` is the same parameter in all sublayers of a
     layer; it bears the name of the first.
     """
 
@@ -89,9 +89,18 @@ class Scheme(ABC):
     growth: ClassVar[Growth] = "linear"
     """The law that the stream follows in a healthy model."""
 
-    def sublayers(self, layer: int) -> tuple[Kind, Kind]:
-        """Which sublayers a layer has, in their order."""
-        return "attn", "ffn"
+    def sublayers(self, layer: int, reads_memory: bool = False) -> tuple[Kind, ...]:
+        """Which sublayers a layer has, in their order; one that `reads_memory` is of a decoder with an encoder."""
+        return ("attn", "cross", "ffn") if reads_memory else ("attn", "ffn")
+
+    @property
+    def lacks_two_stacks(self) -> str | None:
+        """What stands against an encoder–decoder: something that depends on depth and is known for one stack only.
+
+        None where nothing does: its paper has the formula for both stacks, or nothing in it depends on depth but by
+        what comes before on the same stream.
+        """
+        return None
 
     @property
     def leaves_init_open(self) -> bool:

@@ -17,8 +17,12 @@ BLOCK: tuple[tuple[Kind, Kind], ...] = (("attn", "ffn"), ("ffn", "attn"), ("ffn"
 class Brainformer(Scheme):
     """A block is four layers of two sublayers; depth that is no multiple of four ends within one."""
 
-    def sublayers(self, layer: int) -> tuple[Kind, Kind]:
+    def sublayers(self, layer: int, reads_memory: bool = False) -> tuple[Kind, ...]:
         return BLOCK[layer % len(BLOCK)]
+
+    @property
+    def lacks_two_stacks(self) -> str:
+        return "the order of sublayers was searched for in a decoder alone, without cross-attention"
 
     def residual(self, site: Site) -> Residual:
         return Residual(pre_ln, norm=Norm())

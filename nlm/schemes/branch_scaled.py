@@ -26,6 +26,10 @@ class BranchScaled(Scheme):
     def folds(self) -> bool:
         return True
 
+    @property
+    def lacks_two_stacks(self) -> str:
+        return "the factor 1/sqrt(2L) is that of one stack of L layers"
+
     def residual(self, site: Site) -> Residual:
         return Residual(branch_scaled, norm=Norm(), scale=Fixed((2 * site.n_layers) ** -0.5))
 

@@ -20,8 +20,9 @@ def shifted(x: Tensor, shift: Tensor) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class Fixup(Scheme):
     """The three rules of section 3: what ends a branch, and the head, start at 0; the other matrices of a branch with m
-    of them are smaller by K^(-1/(2m-2)) for K = 2L branches (m = 4 in attention, 2 in the FFN, whose gate counts with
-    its up); a learned number shifts what each matrix and each activation reads, another scales the branch.
+    of them are smaller by K^(-1/(2m-2)) for the model's K branches, 2L or, with an encoder of N layers and a decoder of
+    M, 2N + 3M (m = 4 in attention, 2 in the FFN, whose gate counts with its up); a learned number shifts what each
+    matrix and each activation reads, another scales the branch.
 
     In attention only what it reads is shifted, as in the authors' Transformer.
     """
@@ -42,5 +43,5 @@ class Fixup(Scheme):
         std = super().std(weight)
         if weight.role in READS and weight.site:
             matrices = 2 if weight.site.kind == "ffn" else 4
-            std *= (2 * weight.site.n_layers) ** (-1 / (2 * matrices - 2))
+            std *= (weight.site.branches + weight.site.other_branches) ** (-1 / (2 * matrices - 2))
         return std

@@ -22,8 +22,12 @@ class Init(Scheme):
     def __post_init__(self) -> None:
         object.__setattr__(self, "growth", self.scheme.growth)
 
-    def sublayers(self, layer: int) -> tuple[Kind, Kind]:
-        return self.scheme.sublayers(layer)
+    def sublayers(self, layer: int, reads_memory: bool = False) -> tuple[Kind, ...]:
+        return self.scheme.sublayers(layer, reads_memory)
+
+    @property
+    def lacks_two_stacks(self) -> str | None:
+        return self.scheme.lacks_two_stacks
 
     @property
     def folds(self) -> bool:
@@ -62,7 +66,7 @@ class GPT2(Init):
     init_std: float = field(default=0.02, kw_only=True)
 
     def std(self, weight: Weight) -> float:
-        return self.init_std * ((2 * weight.n_layers) ** -0.5 if weight.role in WRITES else 1.0)
+        return self.init_std * (weight.site.branches**-0.5 if weight.role in WRITES and weight.site else 1.0)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class LSUV(Orthogonal):
     """
 
     def target(self, weight: Weight) -> float:
-        return (2 * weight.n_layers) ** -0.5 if weight.role in WRITES else 1.0
+        return weight.site.branches**-0.5 if weight.role in WRITES and weight.site else 1.0
 
 
 INITS: dict[str, type[Init]] = {

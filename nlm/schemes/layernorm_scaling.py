@@ -22,6 +22,10 @@ class LayerNormScaling(Scheme):
 
     growth: ClassVar[Growth] = "logarithmic"
 
+    @property
+    def lacks_two_stacks(self) -> str:
+        return "the factor 1/sqrt(l) was derived for a decoder alone"
+
     def residual(self, site: Site) -> Residual:
         return Residual(layernorm_scaling, norm=Norm(), scale=Fixed((site.layer + 1) ** -0.5))
 

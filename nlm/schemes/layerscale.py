@@ -25,6 +25,11 @@ class LayerScale(Scheme):
     def folds(self) -> bool:
         return True
 
+    @property
+    def lacks_two_stacks(self) -> str | None:
+        known = "where the gains start by default is known for one stack; set model.scheme.gamma"
+        return known if self.gamma is None else None
+
     def residual(self, site: Site) -> Residual:
         by_depth = 0.1 if site.n_layers <= 18 else 1e-5 if site.n_layers <= 24 else 1e-6
         return Residual(layerscale, norm=Norm(), gamma=Learned(("dim",), self.gamma or by_depth))

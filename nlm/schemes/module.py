@@ -110,7 +110,7 @@ class ResidualModule(EquationModule):
         self.number: Tensor
         if drop is not None:
             self._constant("drop", drop)
-            self._constant("number", site.before, torch.int64)
+            self._constant("number", site.sublayer_number, torch.int64)
 
     def forward(self, x: Tensor, branch: Branch, watch: Watch | None, keys: Tensor | None) -> Tensor:
         """x [B S D] -> [B S D]. The branch and the stream show signals.STREAM.

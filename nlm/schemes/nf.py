@@ -40,7 +40,7 @@ class NF(Scheme):
             case "ffn":
                 return {"hidden": Slot(scaled, scale=Fixed(unit_variance_gain(site.activation)))}
             case "stack":
-                return {"final": Slot(scaled, scale=Fixed(1 / self.std_before(2 * site.n_layers)))}
+                return {"final": Slot(scaled, scale=Fixed(1 / self.std_before(site.branches)))}
         return {}
 
     def std(self, weight: Weight) -> float:

@@ -37,6 +37,11 @@ class NGPT(Scheme):
 
     growth: ClassVar[Growth] = "constant"
 
+    @property
+    def lacks_two_stacks(self) -> str | None:
+        known = "the default of the initial rate is that of one stack of L layers; set model.scheme.alpha"
+        return known if self.alpha is None else None
+
     def residual(self, site: Site) -> Residual:
         init = min(0.05, 1 / site.n_layers) if self.alpha is None else self.alpha
         return Residual(ngpt, alpha=Learned(("dim",), init, stored=site.dim**-0.5))

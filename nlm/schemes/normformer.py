@@ -24,7 +24,11 @@ def scale_heads(heads: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class NormFormer(Scheme):
-    """The paper's four additions, each of which can be left out; `residual_scale` is for small models only."""
+    """The paper's four additions, each of which can be left out; `residual_scale` is for small models only.
+
+    The paper has decoders and encoders, each alone, with the same equations; cross-attention is as in Pre-LN, to which
+    the released code, too, adds nothing.
+    """
 
     head_scale: bool = True
     attn_norm: bool = True

@@ -15,7 +15,7 @@ def pre_ln(x: Tensor, f: Branch, norm: Branch) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class PreLN(Scheme):
     """`residual_init`: W_o and W_down start smaller by 1/sqrt(2L), as in GPT-2, so that the stream stays O(1); unless
-    model.init is another."""
+    model.init is another. 2L is the number of sublayers on the stream, in a decoder with an encoder 3L."""
 
     residual_init: bool = True
 
@@ -40,5 +40,5 @@ class PreLN(Scheme):
     def std(self, weight: Weight) -> float:
         std = super().std(weight)
         if self.residual_init and weight.role in WRITES and weight.site:
-            std *= (2 * weight.site.n_layers) ** -0.5
+            std *= weight.site.branches**-0.5
         return std

@@ -13,9 +13,10 @@ from nlm.schemes.norm_free import plain
 class TFixup(Scheme):
     """V, O and the FFN start at 0.67 L^-¼ and the embedding at (9L)^-¼ times the usual (section 3.2).
 
-    That is the paper's encoder, which has two sublayers a layer as a decoder without an encoder does; its decoder has
-    three. The embedding is multiplied by sqrt(D), as in the Transformer that the paper starts from. The paper has no
-    gate: it keeps gain 1, because the product carries the factor twice already.
+    That is the paper's encoder, which has two sublayers a layer as a decoder without an encoder does. Its decoder has
+    three, and (9L)^-¼ in the place of the first factor; the embedding that both share is the encoder's. It is
+    multiplied by sqrt(D), as in the Transformer that the paper starts from. The paper has no gate: it keeps gain 1,
+    because the product carries the factor twice already.
     """
 
     growth: ClassVar[Growth] = "exponential"
@@ -29,7 +30,7 @@ class TFixup(Scheme):
     def std(self, weight: Weight) -> float:
         std = super().std(weight)
         if weight.role is Role.EMBED:
-            return std * (9 * weight.n_layers) ** -0.25
+            return std * (9 * (weight.n_encoder_layers or weight.n_layers)) ** -0.25
         if weight.role in {Role.V, Role.O, Role.UP, Role.DOWN} and weight.site:
-            return std * 0.67 * weight.site.n_layers**-0.25
+            return std * (9**-0.25 if weight.site.reads_memory else 0.67) * weight.site.n_layers**-0.25
         return std

@@ -38,8 +38,9 @@ class Score(nn.Module, ABC):
     """How queries and keys choose among values. Its keyword arguments are keys of [model.attention].
 
     In all methods: q [B S H Dh], k and v [B S Hkv Dh], query head h attends with kv head h // (H / Hkv). `mask`
-    [B 1 S S] says who sees whom; without one, each position sees itself and those before. With `keep`, queries, keys
-    and values are of the positions that come, Q of them, and the mask [B 1 Q S] is of these and all that there are.
+    [B 1 S S] says who sees whom; without one, each position sees itself and those before. Where all queries see the
+    same it may be [B 1 1 S]; and with a mask there may be another number of keys than of queries. With `keep`, queries,
+    keys and values are of the Q positions that come, and the mask [B 1 Q S] is of these and all that there are.
     """
 
     sums_to_one = False
@@ -75,7 +76,7 @@ class Score(nn.Module, ABC):
         """Of the queries of which `visible` [… Q S] says which keys they see -> [] each: the sum of the entropies, in
         nats, of their weights, taken as shares of what the absolute weights sum to; how many give one key more than
         SATURATED; the largest of their `pairs`."""
-        pairs = precise(self.pairs(q[:, queries(visible)], k))
+        pairs = precise(self.pairs(q[:, queries(visible.shape[-2], q.shape[1])], k))
         shares = self.weigh(pairs, visible)
         if not self.sums_to_one:
             shares = F.normalize(shares.abs(), p=1, dim=-1)
@@ -145,18 +146,18 @@ def n_visible(q: Tensor, mask: Tensor | None) -> Tensor:
     return mask.sum(-1).transpose(1, 2)[..., None]  # [B 1 Q] -> [B Q 1 1]
 
 
-def queries(visible: Tensor) -> slice:
-    """Of S positions the Q that [… Q S] is about: the last one, and evenly back from it."""
-    n, seq_len = visible.shape[-2:]
+def queries(n: int, seq_len: int) -> slice:
+    """Of the positions so many: the last one, and evenly back from it."""
     stride = seq_len // n
     return slice(seq_len - 1 - stride * (n - 1), None, stride)
 
 
 def keys_seen(mask: Tensor | None, seq_len: int, n: int, device: torch.device) -> Tensor:
-    """[B 1 Q S] or [1 1 Q S]: the keys that each of up to `n` queries sees, by the mask or the causal one."""
+    """[B 1 Q S] or [1 1 Q S]: the keys that up to `n` of so many queries see, by the mask or the causal one."""
     n = min(n, seq_len)
     every = mask if mask is not None else torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device).tril()
-    return every[..., queries(every[..., :n, :]), :]
+    every = every.expand(-1, -1, seq_len, -1)
+    return every[..., queries(n, seq_len), :]
 
 
 def uniform_entropy(visible: Tensor, rows: int) -> Tensor:

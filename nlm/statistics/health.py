@@ -1,10 +1,12 @@
 """Whether the layers behave: what a run's statistics are compared with, and the alarms that come of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf, log
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,11 +84,12 @@ class Alarm:
 class Monitor:
     """Compares every recorded step with the scheme's law, with the steps before, and with what no model survives.
 
-    `last_step` is how far forecasts are of interest.
+    `last_step` is how far forecasts are of interest. `n_first`: so many of the layers are an encoder's, whose stream is
+    not that of the others.
     """
 
-    def __init__(self, growth: Growth, head_dim: int, last_step: int) -> None:
-        self.growth, self.head_dim, self.last_step = growth, head_dim, last_step
+    def __init__(self, growth: Growth, head_dim: int, last_step: int, n_first: int = 0) -> None:
+        self.growth, self.head_dim, self.last_step, self.n_first = growth, head_dim, last_step, n_first
         self.steps: list[int] = []
         self.past: dict[str, list[NDArray[np.float64]]] = {}
         self.since: dict[tuple[str, str], tuple[int, int]] = {}
@@ -97,7 +100,8 @@ class Monitor:
     def judge(self, step: int, vectors: Vectors) -> list[Alarm]:
         """The alarms that begin with this recorded step; one that goes on is not told again."""
         now: Vectors = {name: vector.astype(np.float64) for name, vector in vectors.items()}
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), catch_warnings():
+            simplefilter("ignore", RuntimeWarning)  # of medians of nothing: not every layer has every sublayer
             found = [finding for check in CHECKS for finding in check(self, step, now)]
             self._remember(step, now)
         bad = {(f.kind, f.metric): f for f in found if f.severity >= 1}
@@ -115,6 +119,11 @@ class Monitor:
         """[n L]: what is remembered, and now."""
         return np.stack([*self.past.get(name, []), now[name]])
 
+    def by_stack(self, law: Callable[..., NDArray[np.float64]], *vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+        """A law over depth [L] -> [L], each stack by itself."""
+        stacks = [slice(self.n_first)] if self.n_first else []
+        return np.concatenate([law(*(v[stack] for v in vectors)) for stack in (*stacks, slice(self.n_first, None))])
+
     def _remember(self, step: int, now: Vectors) -> None:
         self.steps = [*self.steps[-WINDOW + 1 :], step]
         for name in now:
@@ -124,7 +133,7 @@ class Monitor:
 
 def resumed_monitor(run: Path, whole: Transformer, last_step: int, start: int) -> Monitor:
     """Of a run that goes on after step `start`: knows what it recorded, and told, before."""
-    monitor = Monitor(whole.scheme.growth, whole.config.head_dim, last_step)
+    monitor = Monitor(whole.scheme.growth, whole.config.head_dim, last_step, whole.config.n_encoder_layers or 0)
     layers = dict(StoredLayers(run))
     steps = layers.pop(STEP, np.empty(0))
     for i in np.flatnonzero(steps <= start)[-WINDOW:]:
@@ -156,14 +165,14 @@ def _jumps(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
 
 def _stream(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
     name = _last(now, "stream_variance_out")
-    expected = stream_law(now[name], monitor.growth)
+    expected = monitor.by_stack(partial(stream_law, growth=monitor.growth), now[name])
     severity = np.abs(np.log(now[name] / expected)) / log(LAW)
     yield from _worst("law", name, expected, now[name], severity, f"{{}} by the {monitor.growth} law over depth")
 
 
 def _gradient(monitor: Monitor, step: int, now: Vectors) -> Iterator[Finding]:
     gradients, stream = now["stream_grad_rms/layer"], now[_last(now, "stream_rms_out")]
-    expected = gradient_law(gradients, stream)
+    expected = monitor.by_stack(gradient_law, gradients, stream)
     severity = np.abs(np.log(gradients / expected)) / log(LAW)
     yield from _worst(
         "law",

@@ -42,16 +42,19 @@ def effective_ranks(engine: Engine, rows: Batch) -> Tensor:
     mesh, config = engine.mesh, engine.config
     n_rows = min(config.batch_rows, max(1, POSITIONS // config.train.seq_len))
     mine = min(max(0, n_rows - mesh.data_rank * len(rows)), len(rows))
-    ranks = torch.zeros(config.model.n_layers, dtype=torch.float64, device=mesh.device)
+    ranks = torch.zeros(config.model.n_all_layers, dtype=torch.float64, device=mesh.device)
+    stacks = [stack for model in engine.models for stack in model.stacks]
+    for stack in stacks:
+        stack.signals = Features(mesh.tp, mine)
     for model in engine.models:
-        model.signals = Features(mesh.tp, mine)
         model.eval()
     engine.forward(rows.first(max(1, mine)))  # also where none is looked at: ranks compute together
-    for model in engine.models:
-        assert isinstance(model.signals, Features)
-        for layer, rank in model.signals.ranks.items():
+    for stack in stacks:
+        assert isinstance(stack.signals, Features)
+        for layer, rank in stack.signals.ranks.items():
             ranks[layer] = rank if mesh.tp.rank == 0 else 0
-        model.signals = None
+        stack.signals = None
+    for model in engine.models:
         model.train()
     return mesh.sum(ranks) / n_rows
 

@@ -20,10 +20,10 @@ class WeightStatistics:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.pieces, self.n_layers = engine.pieces, engine.config.model.n_layers
+        self.pieces, self.n_layers = engine.pieces, engine.config.model.n_all_layers
         device = self.pieces.mesh.device
         parameters = self.pieces.weights.items()
-        entries = [(i, w.role, w.site.layer) for i, (_, w) in enumerate(parameters) if w.site]
+        entries = [(i, w.role, w.site.number) for i, (_, w) in enumerate(parameters) if w.site]
         self.roles = sorted({role for _, role, _ in entries}, key=list(Role).index)
         self.indices = torch.tensor([i for i, _, _ in entries], device=device)
         cells = [layer * len(self.roles) + self.roles.index(role) for _, role, layer in entries]
@@ -44,9 +44,9 @@ class WeightStatistics:
         """By name within a layer, [L]: which parameter it is."""
         for i, (name, weight) in enumerate(parameters):
             if weight.site and weight.role in LEARNED:
-                _, _, part = name.removeprefix("blocks.").partition(".")
+                part = name.partition("blocks.")[2].partition(".")[2]
                 nowhere = torch.full((self.n_layers,), len(scale), device=device)
-                self.learned.setdefault(part, nowhere)[weight.site.layer] = i
+                self.learned.setdefault(part, nowhere)[weight.site.number] = i
         self.small = [i for i in self.pieces.counted if self.pieces.held[i].weight.role in LEARNED]
         self.before: list[Tensor] | None = None
 

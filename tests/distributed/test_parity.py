@@ -16,6 +16,7 @@ from parity import (
     LAYOUTS,
     MIXED_ROWS,
     OPTIMIZER_ROWS,
+    PAIR_ROWS,
     SCHEME_ROWS,
     VARIANT_ROWS,
     Ranks,
@@ -70,9 +71,19 @@ def chosen() -> Iterator[tuple[Row, str]]:
     for row, layout in zip(OPTIMIZER_ROWS.values(), cycle(("fsdp2", "tp2+sp", "fsdp2xtp2")), strict=False):
         yield row, layout
     yield OPTIMIZER_ROWS["adamp"], "zero1"
+    for row, layouts in zip(PAIR_ROWS.values(), PAIR_LAYOUTS, strict=True):
+        yield from ((row, layout) for layout in layouts)
     yield DEEP_ROWS["200 layers"], "pp4-zbv"
 
 
+PAIR_LAYOUTS = (
+    ("pp2-1f1b", "fsdp2xtp2", "zero1"),
+    ("tp2+sp", "pp2-1f1b"),
+    ("fsdp2xtp2xpp2",),
+    ("fsdp2xtp2xpp2", "pp2-interleaved"),
+    ("ddp2",),
+)
+"""Of each of PAIR_ROWS."""
 CELLS = sorted(
     {
         (row.name, layout): (replace(row, precision="fp32" if layout.startswith("zero") else "fp64"), layout)

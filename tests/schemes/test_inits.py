@@ -59,7 +59,7 @@ def test_mup_first_updates_do_not_depend_on_width(make_config: MakeConfig) -> No
         model = build_model(make_config(keys)).double()
         rows = torch.randint(96, (4, 13), generator=torch.Generator().manual_seed(0))
         before = model(rows[:, :-1])
-        model(rows[:, :-1], rows[:, 1:]).backward()
+        model(rows[:, :-1], targets=rows[:, 1:]).backward()
         with torch.no_grad():
             for parameter, weight in ((p, w) for _, p, w in weights(model) if w.site and w.role in READS | WRITES):
                 parameter -= 1e-6 * (model.scheme.group(weight).lr if own else 1.0) * parameter.grad.sign()

@@ -86,9 +86,9 @@ def test_the_rate_grows_evenly_over_the_layers(make_config: MakeConfig) -> None:
 def test_recomputation_drops_the_same(make_config: MakeConfig) -> None:
     model, keys = shaken(build(make_config)), mixed(torch.arange(8))
     x, targets = tokens(8), tokens(8).roll(1, 1)
-    plain = torch.autograd.grad(model(x, targets, None, keys), list(model.parameters()))
+    plain = torch.autograd.grad(model(x, None, targets, None, keys), list(model.parameters()))
     recompute(model, "block")
-    again = torch.autograd.grad(model(x, targets, None, keys), list(model.parameters()))
+    again = torch.autograd.grad(model(x, None, targets, None, keys), list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-    whole = torch.autograd.grad(model(x, targets), list(model.parameters()))
+    whole = torch.autograd.grad(model(x, targets=targets), list(model.parameters()))
     assert not all(torch.allclose(a, b) for a, b in zip(plain, whole, strict=True))

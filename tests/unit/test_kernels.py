@@ -113,7 +113,7 @@ def test_a_block_finds_them_and_computes_the_same(
         if compiled:
             compile_model(built, "aot_eager", "triton", said.append)
         tokens = torch.arange(6, device=DEVICE).view(2, 3)
-        built(tokens, tokens.flip(1)).backward()
+        built(tokens, targets=tokens.flip(1)).backward()
         return torch.cat([p.grad.flatten() for p in built.parameters() if p.grad is not None])
 
     exact, rounded = gradients("fp32", compiled=False), gradients("bf16", compiled=False)

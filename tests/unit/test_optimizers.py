@@ -428,7 +428,7 @@ def test_scale_invariant_weights_are_projected(
     often = torch.zeros(len(kinds))
     for step in range(5):
         tokens = torch.randint(0, 96, (4, 13), generator=torch.Generator().manual_seed(step))
-        engine.models[0](tokens[:, :-1], tokens[:, 1:]).div(48).backward()
+        engine.models[0](tokens[:, :-1], targets=tokens[:, 1:]).div(48).backward()
         engine.clip()
         engine.update(1e-3)
         often += engine.optimizer.projected / 5  # type: ignore[attr-defined]

@@ -128,21 +128,21 @@ def test_tokens_with_averages_of_their_own(run_config: MakeConfig) -> None:
     tokens, x = Tokens(end_of_text(run_config("unused"))), torch.tensor([[7, 256, 8, 9], [256, 1, 2, 3]])
     segments = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
     none = torch.nn.Identity()
-    tokens.look(none, (x, x, None, None))
+    tokens.look(none, (x, None, x, None, None))
     assert tokens.kinds.tolist() == [[FIRST, END, 0, 0], [FIRST, 0, 0, 0]]
-    tokens.look(none, (x, x, segments, None))
+    tokens.look(none, (x, None, x, segments, None))
     assert tokens.kinds.tolist() == [[FIRST, END, FIRST, 0], [FIRST, FIRST, 0, 0]]
     tokens.special = {"first"}
-    tokens.look(none, (x, x, None, None))
+    tokens.look(none, (x, None, x, None, None))
     assert tokens.kinds.tolist() == [[FIRST, 0, 0, 0], [FIRST, 0, 0, 0]]
     tokens.special = set()
-    tokens.look(none, (x, x, segments, None))
+    tokens.look(none, (x, None, x, segments, None))
     assert tokens.kinds.tolist() == [[0] * 4] * 2
 
 
 def loss_of(model: Transformer) -> Tensor:
     x = torch.randint(96, (2, 13), generator=torch.Generator().manual_seed(3))
-    return model(x[:, :-1], x[:, 1:], None, None)
+    return model(x[:, :-1], None, x[:, 1:], None, None)
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])

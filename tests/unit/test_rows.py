@@ -30,7 +30,7 @@ def model_of(make_config: MakeConfig, model: dict[str, Any], rows: int, **train:
 
 
 def loss_and_gradients(model: Transformer, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = model(tokens, targets)
+    loss = model(tokens, targets=targets)
     (loss * 0.3).backward()
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -49,7 +49,7 @@ def test_rows_change_nothing(name: str, rows: int, make_config: MakeConfig) -> N
     for parameter, gradient in expected.items():
         torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-10, atol=1e-13)
     with torch.no_grad():
-        torch.testing.assert_close(some(tokens, targets), expected_loss, rtol=1e-13, atol=0)
+        torch.testing.assert_close(some(tokens, targets=targets), expected_loss, rtol=1e-13, atol=0)
 
 
 def test_sparse_softmax_and_bf16(make_config: MakeConfig) -> None:
@@ -82,5 +82,5 @@ def test_no_logits_of_all_positions(make_config: MakeConfig) -> None:
             return result
 
     with Watch():
-        model(tokens, targets).backward()
+        model(tokens, targets=targets).backward()
     assert largest == 60 * 4096

@@ -256,7 +256,7 @@ def test_the_noise_of_gradients(requested: tuple[Engine, LayerStatistics, Batch]
 
     def squared(chosen: Batch) -> np.ndarray:
         model = build_model(engine.config)
-        loss = model(chosen.inputs, chosen.targets) / chosen.targets.numel()
+        loss = model(*chosen.arguments()[:3]) / chosen.targets.numel()
         loss.backward()
         layers = [[p.grad.double().square().sum() for p in block.parameters()] for block in model.blocks.values()]
         return np.array([float(sum(layer)) for layer in layers])
