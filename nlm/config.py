@@ -155,7 +155,8 @@ class TrainConfig(Section):
     checkpoint from which it goes on, after the step `stop_after`, and when it has taken `max_minutes`.
 
     `sparse_softmax_k`: the training loss is that of a softmax over the k largest logits only. It is lower than the true
-    one, by which validation goes. `masked_share`: of the tokens, those that an encoder is to predict.
+    one, by which validation goes. `label_smoothing`: of each target in training, the share that is spread evenly over
+    the vocabulary. `masked_share`: of the tokens, those that an encoder is to predict.
     """
 
     steps: PositiveInt
@@ -166,6 +167,7 @@ class TrainConfig(Section):
     seed: NonNegativeInt = 0
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     sparse_softmax_k: PositiveInt | None = None
+    label_smoothing: Fraction = 0.0
     masked_share: float = Field(default=0.15, gt=0, le=1)
 
 
@@ -525,6 +527,9 @@ def _contradictions(table: Table) -> Iterable[str]:
                 f"train.batch_tokens: expected a multiple of train.seq_len · parallel.microbatches · dp_replicate · "
                 f"dp_shard = {unit}, got {tokens}"
             )
+    train = table.get("train")
+    if number("train", "sparse_softmax_k") and isinstance(train, dict) and train.get("label_smoothing"):
+        yield "train.label_smoothing: of tokens that train.sparse_softmax_k leaves out; remove one of the two"
     if number("statistics", "noise_every") and tokens == seq_len:
         yield "statistics.noise_every: compares halves of a batch, which has one row only; raise train.batch_tokens"
     steps, warmup = number("train", "steps"), number("optim", "warmup_steps")

@@ -151,6 +151,7 @@ def part_of(config: Config, n_layers: int) -> Transformer:
     if config.train.precision == "fp64":
         model.double()
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
+    model.cross_entropy.smoothing = config.train.label_smoothing
     model.precision = config.train.precision
     return model
 
