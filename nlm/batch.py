@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ class Batch:
 
     `keys` [B] are the rows' own random numbers, for what is to be random in training. `stand_ins` [B S+1] are of an
     encoder's batch: what is read in the place of each token that is to be predicted, and KEPT elsewhere. Of the rows
-    where `counted` [B] is false nothing is to be predicted.
+    where `counted` [B] is false nothing is to be predicted. `source` [B T] is what an encoder–decoder's encoder reads
+    beside the tokens, its target; in both the token `padding` fills what a row does not, and is not to be predicted.
     """
 
     tokens: Tensor
@@ -28,6 +29,8 @@ class Batch:
     keys: Tensor | None = None
     stand_ins: Tensor | None = None
     counted: Tensor | None = None
+    source: Tensor | None = None
+    padding: int | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -41,13 +44,15 @@ class Batch:
     @property
     def targets(self) -> Tensor:
         """[B S]: the token after each input; under the mask, IGNORED where that begins another document. Of an encoder,
-        the tokens that something stands in for, and IGNORED elsewhere."""
+        the tokens that something stands in for, and IGNORED elsewhere, as everywhere for padding."""
         if self.stand_ins is not None:
             targets = self.tokens.where(self.stand_ins != KEPT, IGNORED)[:, :-1]
         elif self.documents is not None:
             targets = self.tokens[:, 1:].where(self.documents[:, 1:] == self.documents[:, :-1], IGNORED)
         else:
             targets = self.tokens[:, 1:]
+        if self.padding is not None:
+            targets = targets.where(targets != self.padding, IGNORED)
         return targets if self.counted is None else targets.where(self.counted[:, None], IGNORED)
 
     @property
@@ -62,7 +67,7 @@ class Batch:
     @property
     def has_ignored(self) -> bool:
         """Whether some targets may be IGNORED."""
-        return not (self.documents is self.stand_ins is self.counted is None)
+        return not (self.documents is self.stand_ins is self.counted is None and self.padding is None)
 
     def n_targets(self) -> Tensor:
         """[]: how many targets there are to learn from, in float64, which holds their inverse well."""
@@ -71,10 +76,11 @@ class Batch:
     def digest(self, first_row: int) -> Tensor:
         """[] int64: of all tokens, each at its place in the whole batch, of which these are the rows from `first_row`
         on; those of the parts add up to that of the batch, in the lower 32 bits."""
-        places = torch.arange(self.tokens.numel(), device=self.tokens.device) + first_row * self.tokens.shape[1]
+        tokens = self.tokens if self.source is None else torch.cat([self.tokens, self.source], 1)
+        places = torch.arange(tokens.numel(), device=tokens.device) + first_row * tokens.shape[1]
         mixed = places * 0x9E3779B97F4A7C1  # a multiplier whose bits are well mixed; products wrap around
         mixed = (mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B
-        return ((self.tokens.flatten() + 1) * (mixed | 1)).sum() & 0xFFFFFFFF
+        return ((tokens.flatten() + 1) * (mixed | 1)).sum() & 0xFFFFFFFF
 
     def chunk(self, parts: int) -> list[Self]:
         """The rows in `parts` equal parts."""
@@ -93,5 +99,6 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
-        tensors = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return replace(self, **{name: function(tensor) for name, tensor in tensors if tensor is not None})
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        changed: dict[str, Any] = {name: function(value) for name, value in values if isinstance(value, Tensor)}
+        return replace(self, **changed)

@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--train-tokenizer", type=int, metavar="VOCAB_SIZE", help="train SentencePiece on the input")
     tokenize.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json (.model)")
     tokenize.add_argument("--text-field", default="text", metavar="NAME", help="of JSONL and parquet (text)")
+    tokenize.add_argument("--languages", metavar="A,B,…", help="of parallel text: writes PREFIX.A.bin and so on")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     tokenize.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores})")
     tokenize.set_defaults(run=_tokenize)
@@ -244,15 +245,19 @@ def _fold_norms(options: argparse.Namespace) -> None:
 
 
 def _tokenize(options: argparse.Namespace) -> None:
-    from nlm.data.tokenize import tokenize
+    from nlm.data.tokenize import tokenize, tokenize_languages
 
-    made = tokenize(
-        options.inputs, options.out, options.tokenizer, options.train_tokenizer, options.text_field, options.workers
-    )
-    print(
-        f"{options.out}: {made.documents:,} documents, {made.tokens:,} tokens, {made.bytes / made.tokens:.2f} bytes "
-        f"a token, unigram entropy {made.unigram_entropy_nats:.3f} nats, in {made.seconds:.1f} s"
-    )
+    how = options.tokenizer, options.train_tokenizer
+    if options.languages:
+        languages = tokenize_languages(options.inputs, options.out, options.languages.split(","), *how, options.workers)
+        shards = {f"{options.out}.{language}": made for language, made in languages.items()}
+    else:
+        shards = {options.out: tokenize(options.inputs, options.out, *how, options.text_field, options.workers)}
+    for out, made in shards.items():
+        print(
+            f"{out}: {made.documents:,} documents, {made.tokens:,} tokens, {made.bytes / made.tokens:.2f} bytes "
+            f"a token, unigram entropy {made.unigram_entropy_nats:.3f} nats, in {made.seconds:.1f} s"
+        )
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -299,16 +299,49 @@ class SourceConfig(Section):
         return self
 
 
+class TranslationConfig(Section):
+    """Pairs of texts for an encoder–decoder: token shards PATH.de, PATH.en and so on, a `languages` each, of which
+    document i says the same, or nothing, as `nlm tokenize --languages` writes them.
+
+    `directions`, such as "de-en", are by default all between two languages. One of n pairs comes as often as n to the
+    power of 1 / `temperature`.
+    """
+
+    path: str
+    languages: list[Annotated[str, Field(pattern=r"^\w+$")]] = Field(min_length=2)
+    directions: list[str] | None = Field(default=None, min_length=1)
+    temperature: float = Field(default=1.0, ge=1)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Of each direction, the language of the source and that of the target."""
+        every = [f"{source}-{target}" for source in self.languages for target in self.languages if source != target]
+        return [(pair[0], pair[2]) for pair in (name.partition("-") for name in self.directions or every)]
+
+    @model_validator(mode="after")
+    def _of_the_languages(self) -> Self:
+        for name, pair in zip(self.directions or (), self.pairs, strict=False):
+            if not set(pair) <= set(self.languages) or pair[0] == pair[1]:
+                raise ValueError(f"expected directions between two of {', '.join(self.languages)}, got {name!r}")
+        for names in self.languages, self.directions or ():
+            if again := {name for name in names if names.count(name) > 1}:
+                raise ValueError(f"{again.pop()} is there twice")
+        return self
+
+
 class DataConfig(Section):
-    """`train`: a path to shards, or several sources. `validation`: a path to shards.
+    """`train`: a path to shards, several sources, or pairs to translate. `validation`: a path to shards; where `train` is
+    pairs, to such of the same languages.
 
     With `document_mask`, no token attends to another document or predicts its first token. `allow_changed` lets a run
     go on with other data than it began with.
     """
 
     train: Annotated[
-        Annotated[str, Tag("path")] | Annotated[list[SourceConfig], Field(min_length=1), Tag("sources")],
-        Discriminator(lambda value: "sources" if isinstance(value, list) else "path"),
+        Annotated[str, Tag("path")]
+        | Annotated[list[SourceConfig], Field(min_length=1), Tag("sources")]
+        | Annotated[TranslationConfig, Tag("translation")],
+        Discriminator(lambda value: {str: "path", list: "sources"}.get(type(value), "translation")),
     ]
     validation: str | None = None
     document_mask: bool = False
@@ -326,7 +359,12 @@ class DataConfig(Section):
 
     @property
     def sources(self) -> list[SourceConfig]:
-        return [SourceConfig(path=self.train)] if isinstance(self.train, str) else self.train
+        match self.train:
+            case str() as path:
+                return [SourceConfig(path=path)]
+            case list() as sources:
+                return sources
+        return []
 
 
 class CheckpointConfig(Section):
@@ -530,6 +568,15 @@ def _contradictions(table: Table) -> Iterable[str]:
     train = table.get("train")
     if number("train", "sparse_softmax_k") and isinstance(train, dict) and train.get("label_smoothing"):
         yield "train.label_smoothing: of tokens that train.sparse_softmax_k leaves out; remove one of the two"
+    data, architecture = table.get("data"), model.get("architecture") if isinstance(model, dict) else None
+    if isinstance(data, dict) and "train" in data:
+        if isinstance(data["train"], dict) != (architecture == "encoder_decoder"):
+            yield (
+                "data.train: an encoder_decoder, and nothing else, learns from pairs; set model.architecture = "
+                "'encoder_decoder' and [data.train] path and languages, or neither"
+            )
+        if isinstance(data["train"], dict) and data.get("document_mask") is True:
+            yield "data.document_mask: a row of pairs is one document; remove it"
     if number("statistics", "noise_every") and tokens == seq_len:
         yield "statistics.noise_every: compares halves of a batch, which has one row only; raise train.batch_tokens"
     steps, warmup = number("train", "steps"), number("optim", "warmup_steps")

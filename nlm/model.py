@@ -259,8 +259,8 @@ class Block(nn.Module):
 
 class CrossEntropy(nn.Module):
     """logits [B S V/n], targets [B S] -> []: -ln softmax(logits)[target], in float32, summed over all targets
-    that are not IGNORED. In training, with a `sparse_k`, the softmax is over so many of the largest logits only, and the
-    share `smoothing` of each target is spread over the vocabulary."""
+    that are not IGNORED. In training, with a `sparse_k`, the softmax is over so many of the largest logits only, and
+    the share `smoothing` of each target is spread over the vocabulary."""
 
     def __init__(self, vocab: Span, tp: TensorParallel) -> None:
         super().__init__()
