@@ -121,6 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     fold.set_defaults(run=_fold_norms)
 
+    average = verbs.add_parser("average", help="write the mean of several checkpoints' weights")
+    average.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="the last few of a run")
+    average.add_argument(
+        "--out", type=Path, required=True, metavar="CHECKPOINT", help="folder of the model that comes out"
+    )
+    average.set_defaults(run=_average)
+
     tokenize = verbs.add_parser("tokenize", help="turn text, JSONL or parquet files into a token shard")
     tokenize.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or directories to search")
     how = tokenize.add_mutually_exclusive_group(required=True)
@@ -242,6 +249,14 @@ def _fold_norms(options: argparse.Namespace) -> None:
     save_checkpoint(options.out, result, its_config)
     off = difference(model, result, config.train.seq_len)
     print(f"{options.out}: logits of random tokens differ by at most {off:.1e} of their standard deviation")
+
+
+def _average(options: argparse.Namespace) -> None:
+    from nlm.average import averaged
+    from nlm.checkpoint import save_checkpoint
+
+    save_checkpoint(options.out, *averaged(options.checkpoints))
+    print(f"{options.out}: the mean of {len(options.checkpoints)} checkpoints")
 
 
 def _tokenize(options: argparse.Namespace) -> None:

@@ -330,8 +330,8 @@ class TranslationConfig(Section):
 
 
 class DataConfig(Section):
-    """`train`: a path to shards, several sources, or pairs to translate. `validation`: a path to shards; where `train` is
-    pairs, to such of the same languages.
+    """`train`: a path to shards, several sources, or pairs to translate. `validation`: a path to shards, of pairs where
+    `train` is.
 
     With `document_mask`, no token attends to another document or predicts its first token. `allow_changed` lets a run
     go on with other data than it began with.
