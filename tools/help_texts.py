@@ -74,8 +74,8 @@ def paragraphs(folder: Path) -> dict[tuple[str, str], str]:
 
 
 def aligned(languages: dict[str, dict[tuple[str, str], str]]) -> list[dict[str, str]]:
-    """One record a paragraph that is there in English and some other language: its text in each, English texts that were
-    left as they are dropped, and every record once."""
+    """One record a paragraph that is there in English and some other language: its text in each, but for English that
+    was left as it is, and every record once."""
     records, seen = [], set()
     for key, english in languages["en"].items():
         if len(english) not in CHARS or not any(map(str.isalpha, english)):
@@ -123,7 +123,9 @@ def main() -> None:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
         (out / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         counts = Counter(pair for record in chosen for pair in combinations(sorted(record), 2))
-        print(f"{split}: {len(chosen):,} paragraphs; " + ", ".join(f"{a}-{b} {counts[a, b]:,}" for a, b in sorted(counts)))
+        print(
+            f"{split}: {len(chosen):,} paragraphs; " + ", ".join(f"{a}-{b} {counts[a, b]:,}" for a, b in sorted(counts))
+        )
 
 
 if __name__ == "__main__":
