@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from nlm.evaluate.translation import Score, score, table, tokenizer
+from nlm.evaluate.translation import Score, score, table
 
 ENGLISH = ["the red house by the sea", "we wait for the last train to the north", "no one came to the door at night"]
 GERMAN = ["das rote Haus am Meer", "wir warten auf den letzten Zug nach Norden", "niemand kam bei Nacht an die Tür"]
