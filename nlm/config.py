@@ -303,8 +303,8 @@ class TranslationConfig(Section):
     """Pairs of texts for an encoder–decoder: token shards PATH.de, PATH.en and so on, a `languages` each, of which
     document i says the same, or nothing, as `nlm tokenize --languages` writes them.
 
-    `directions`, such as "de-en", are by default all between two languages. One of n pairs comes as often as n to the
-    power of 1 / `temperature`.
+    `directions`, such as "de-en", or "*-en" of all others into one, are by default all between two languages. One of n
+    pairs comes as often as n to the power of 1 / `temperature`.
     """
 
     path: str
@@ -315,17 +315,23 @@ class TranslationConfig(Section):
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """Of each direction, the language of the source and that of the target."""
-        every = [f"{source}-{target}" for source in self.languages for target in self.languages if source != target]
-        return [(pair[0], pair[2]) for pair in (name.partition("-") for name in self.directions or every)]
+        return [pair for name in self.directions or ["*-*"] for pair in self._named(name)]
+
+    def _named(self, direction: str) -> list[tuple[str, str]]:
+        source, _, target = direction.partition("-")
+        sources, targets = (self.languages if side == "*" else [side] for side in (source, target))
+        return [(source, target) for source in sources for target in targets if source != target]
 
     @model_validator(mode="after")
     def _of_the_languages(self) -> Self:
-        for name, pair in zip(self.directions or (), self.pairs, strict=False):
-            if not set(pair) <= set(self.languages) or pair[0] == pair[1]:
+        for name in self.directions or ():
+            pairs = self._named(name)
+            if not pairs or not {language for pair in pairs for language in pair} <= set(self.languages):
                 raise ValueError(f"expected directions between two of {', '.join(self.languages)}, got {name!r}")
-        for names in self.languages, self.directions or ():
-            if again := {name for name in names if names.count(name) > 1}:
-                raise ValueError(f"{again.pop()} is there twice")
+        every = ["-".join(pair) for pair in self.pairs]
+        for names in self.languages, every:
+            if len(set(names)) < len(names):
+                raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
         return self
 
 

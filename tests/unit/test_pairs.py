@@ -188,6 +188,11 @@ def test_every_pair_once_an_epoch(translation: MakeConfig, corpus: Corpus) -> No
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+def test_directions_to_and_from_one_language(translation: MakeConfig) -> None:
+    assert PairCorpus(translation(directions=["de-*", "it-en"])).pairs.directions == ["de-en", "de-it", "it-en"]
+    assert PairCorpus(translation(directions=["*-it"])).pairs.directions == ["en-it", "de-it"]
+
+
 def test_directions_come_by_temperature(translation: MakeConfig) -> None:
     for temperature in (1.0, 2.0, 100.0):
         found = PairCorpus(translation(temperature=temperature))
@@ -335,7 +340,9 @@ def test_shards_that_do_not_fit_are_refused(
         ({"languages": ["en", "zh-cn"]}, r"languages\.1: string should match pattern"),
         ({"directions": ["en-fr"]}, "expected directions between two of en, de, it, got 'en-fr'"),
         ({"directions": ["en-en"]}, "expected directions between two of en, de, it, got 'en-en'"),
-        ({"directions": ["en-de", "en-de"]}, "en-de is there twice"),
+        ({"directions": ["en-de", "*-de"]}, "en-de is there twice"),
+        ({"directions": ["*-fr"]}, r"got '\*-fr'"),
+        ({"languages": ["en", "de", "en"]}, "en is there twice"),
         ({"temperature": 0.5}, "greater than or equal to 1"),
         ({}, r"data\.train: an encoder_decoder, and nothing else, learns from pairs"),
     ],
