@@ -67,7 +67,7 @@ class Batch:
     @property
     def has_ignored(self) -> bool:
         """Whether some targets may be IGNORED."""
-        return not (self.documents is self.stand_ins is self.counted is None and self.padding is None)
+        return self.padding is not None or not (self.documents is self.stand_ins is self.counted is None)
 
     def n_targets(self) -> Tensor:
         """[]: how many targets there are to learn from, in float64, which holds their inverse well."""
@@ -99,6 +99,6 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        changed: dict[str, Any] = {name: function(value) for name, value in values if isinstance(value, Tensor)}
+        tensors = ((field.name, getattr(self, field.name)) for field in fields(self))
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in tensors if isinstance(tensor, Tensor)}
         return replace(self, **changed)
