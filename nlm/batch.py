@@ -77,6 +77,8 @@ class Batch:
         """[] int64: of all tokens, each at its place in the whole batch, of which these are the rows from `first_row`
         on; those of the parts add up to that of the batch, in the lower 32 bits."""
         tokens = self.tokens if self.source is None else torch.cat([self.tokens, self.source], 1)
+        if self.padding is not None:  # empty rows, which some layouts need, count nothing
+            tokens = tokens.where(self.tokens[:, 1:2] != self.padding, -1)
         places = torch.arange(tokens.numel(), device=tokens.device) + first_row * tokens.shape[1]
         mixed = places * 0x9E3779B97F4A7C1  # a multiplier whose bits are well mixed; products wrap around
         mixed = (mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B

@@ -173,6 +173,7 @@ def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str,
     shard(model, config.parallel, mesh)
     init(model.to_empty(device=mesh.device), config.train.seed, values)
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
+    model.cross_entropy.smoothing = config.train.label_smoothing
     model.loss_rows = loss_rows(config)
     if config.train.precision == "fp8":
         multiply_in_float8(model, emulate=mesh.device.type == "cpu")

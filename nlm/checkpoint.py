@@ -34,6 +34,7 @@ from torch import Tensor
 from nlm.build import build_model, load_config
 from nlm.config import Config, ConfigError
 from nlm.data.corpus import Corpus
+from nlm.data.pairs import PairCorpus
 from nlm.guard import Guard
 from nlm.model import Held, Transformer, held
 from nlm.parallel.engine import Engine
@@ -51,7 +52,7 @@ class Checkpointer:
     A checkpoint that cannot be written is reported; the run goes on, and the older ones stay.
     """
 
-    def __init__(self, run: Path, engine: Engine, corpus: Corpus, guard: Guard) -> None:
+    def __init__(self, run: Path, engine: Engine, corpus: Corpus | PairCorpus, guard: Guard) -> None:
         self.engine, self.corpus, self.guard = engine, corpus, guard
         self.folder = run / "checkpoints"
         self._group = dist.new_group(backend="gloo") if engine.mesh.device_mesh is not None else None
@@ -217,7 +218,7 @@ def checkpoint_config(path: Path) -> Config:
     return load_config(path / "config.toml")
 
 
-def resume(path: Path, engine: Engine, corpus: Corpus, guard: Guard) -> int:
+def resume(path: Path, engine: Engine, corpus: Corpus | PairCorpus, guard: Guard) -> int:
     """Puts everything back in place, in any layout, and returns the last finished step."""
     try:
         state = load_file(path / "state.safetensors")
@@ -280,7 +281,7 @@ def refuse_changed_model(path: Path, config: Config) -> None:
         raise ConfigError(problems)
 
 
-def refuse_changed_data(path: Path, corpus: Corpus, config: Config) -> None:
+def refuse_changed_data(path: Path, corpus: Corpus | PairCorpus, config: Config) -> None:
     """Errors: ConfigError naming every source that is not what it was, unless data.allow_changed."""
     saved, now = _json(path / "data.json")["fingerprint"], corpus.fingerprint
     if saved == now or config.data.allow_changed:

@@ -142,6 +142,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="writes a line of JSON a text")
     generate.set_defaults(run=_generate)
 
+    average = verbs.add_parser("average", help="write the mean of several checkpoints' weights")
+    average.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="the last few of a run")
+    average.add_argument(
+        "--out", type=Path, required=True, metavar="CHECKPOINT", help="folder of the model that comes out"
+    )
+    average.set_defaults(run=_average)
+
     tokenize = verbs.add_parser("tokenize", help="turn text, JSONL or parquet files into a token shard")
     tokenize.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or directories to search")
     how = tokenize.add_mutually_exclusive_group(required=True)
@@ -149,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--train-tokenizer", type=int, metavar="VOCAB_SIZE", help="train SentencePiece on the input")
     tokenize.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json (.model)")
     tokenize.add_argument("--text-field", default="text", metavar="NAME", help="of JSONL and parquet (text)")
+    tokenize.add_argument("--languages", metavar="A,B,…", help="of parallel text: writes PREFIX.A.bin and so on")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     tokenize.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores})")
     tokenize.set_defaults(run=_tokenize)
@@ -379,16 +387,28 @@ def _import(options: argparse.Namespace) -> None:
     print(options.out)
 
 
-def _tokenize(options: argparse.Namespace) -> None:
-    from nlm.data.tokenize import tokenize
+def _average(options: argparse.Namespace) -> None:
+    from nlm.average import averaged
+    from nlm.checkpoint import save_checkpoint
 
-    made = tokenize(
-        options.inputs, options.out, options.tokenizer, options.train_tokenizer, options.text_field, options.workers
-    )
-    print(
-        f"{options.out}: {made.documents:,} documents, {made.tokens:,} tokens, {made.bytes / made.tokens:.2f} bytes "
-        f"a token, unigram entropy {made.unigram_entropy_nats:.3f} nats, in {made.seconds:.1f} s"
-    )
+    save_checkpoint(options.out, *averaged(options.checkpoints))
+    print(f"{options.out}: the mean of {len(options.checkpoints)} checkpoints")
+
+
+def _tokenize(options: argparse.Namespace) -> None:
+    from nlm.data.tokenize import tokenize, tokenize_languages
+
+    how = options.tokenizer, options.train_tokenizer
+    if options.languages:
+        languages = tokenize_languages(options.inputs, options.out, options.languages.split(","), *how, options.workers)
+        shards = {f"{options.out}.{language}": made for language, made in languages.items()}
+    else:
+        shards = {options.out: tokenize(options.inputs, options.out, *how, options.text_field, options.workers)}
+    for out, made in shards.items():
+        print(
+            f"{out}: {made.documents:,} documents, {made.tokens:,} tokens, {made.bytes / made.tokens:.2f} bytes "
+            f"a token, unigram entropy {made.unigram_entropy_nats:.3f} nats, in {made.seconds:.1f} s"
+        )
 
 
 def _report(options: argparse.Namespace) -> None:

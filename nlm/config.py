@@ -179,7 +179,8 @@ class TrainConfig(Section):
     on, after the step `stop_after`, and when it has taken `max_minutes`.
 
     `sparse_softmax_k`: the training loss is that of a softmax over the k largest logits only. It is lower than the true
-    one, by which validation goes. `masked_share`: of the tokens, those that an encoder is to predict.
+    one, by which validation goes. `label_smoothing`: of each target in training, the share that is spread evenly over
+    the vocabulary. `masked_share`: of the tokens, those that an encoder is to predict.
 
     `start`: a checkpoint with whose weights the run begins, in the place of random ones; nothing else is taken from it.
     """
@@ -194,6 +195,7 @@ class TrainConfig(Section):
     seed: NonNegativeInt = 0
     precision: Literal["fp32", "bf16", "fp8", "fp64"] = "fp32"
     sparse_softmax_k: PositiveInt | None = None
+    label_smoothing: Fraction = 0.0
     masked_share: float = Field(default=0.15, gt=0, le=1)
 
 
@@ -325,16 +327,55 @@ class SourceConfig(Section):
         return self
 
 
+class TranslationConfig(Section):
+    """Pairs of texts for an encoder–decoder: token shards PATH.de, PATH.en and so on, a `languages` each, of which
+    document i says the same, or nothing, as `nlm tokenize --languages` writes them.
+
+    `directions`, such as "de-en", or "*-en" of all others into one, are by default all between two languages. One of n
+    pairs comes as often as n to the power of 1 / `temperature`.
+    """
+
+    path: str
+    languages: list[Annotated[str, Field(pattern=r"^\w+$")]] = Field(min_length=2)
+    directions: list[str] | None = Field(default=None, min_length=1)
+    temperature: float = Field(default=1.0, ge=1)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Of each direction, the language of the source and that of the target."""
+        return [pair for name in self.directions or ["*-*"] for pair in self._named(name)]
+
+    def _named(self, direction: str) -> list[tuple[str, str]]:
+        source, _, target = direction.partition("-")
+        sources, targets = (self.languages if side == "*" else [side] for side in (source, target))
+        return [(source, target) for source in sources for target in targets if source != target]
+
+    @model_validator(mode="after")
+    def _of_the_languages(self) -> Self:
+        for name in self.directions or ():
+            pairs = self._named(name)
+            if not pairs or not {language for pair in pairs for language in pair} <= set(self.languages):
+                raise ValueError(f"expected directions between two of {', '.join(self.languages)}, got {name!r}")
+        every = ["-".join(pair) for pair in self.pairs]
+        for names in self.languages, every:
+            if len(set(names)) < len(names):
+                raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+        return self
+
+
 class DataConfig(Section):
-    """`train`: a path to shards, or several sources. `validation`: a path to shards.
+    """`train`: a path to shards, several sources, or pairs to translate. `validation`: a path to shards, of pairs where
+    `train` is.
 
     With `document_mask`, no token attends to another document or predicts its first token. `allow_changed` lets a run
     go on with other data than it began with.
     """
 
     train: Annotated[
-        Annotated[str, Tag("path")] | Annotated[list[SourceConfig], Field(min_length=1), Tag("sources")],
-        Discriminator(lambda value: "sources" if isinstance(value, list) else "path"),
+        Annotated[str, Tag("path")]
+        | Annotated[list[SourceConfig], Field(min_length=1), Tag("sources")]
+        | Annotated[TranslationConfig, Tag("translation")],
+        Discriminator(lambda value: {str: "path", list: "sources"}.get(type(value), "translation")),
     ]
     validation: str | None = None
     document_mask: bool = False
@@ -352,7 +393,12 @@ class DataConfig(Section):
 
     @property
     def sources(self) -> list[SourceConfig]:
-        return [SourceConfig(path=self.train)] if isinstance(self.train, str) else self.train
+        match self.train:
+            case str() as path:
+                return [SourceConfig(path=path)]
+            case list() as sources:
+                return sources
+        return []
 
 
 class CheckpointConfig(Section):
@@ -564,6 +610,15 @@ def _contradictions(table: Table) -> Iterable[str]:
                 f"train.batch_tokens: expected a multiple of train.seq_len · parallel.microbatches · dp_replicate · "
                 f"dp_shard = {unit}, got {tokens}"
             )
+    train = table.get("train")
+    if number("train", "sparse_softmax_k") and isinstance(train, dict) and train.get("label_smoothing"):
+        yield "train.label_smoothing: of tokens that train.sparse_softmax_k leaves out; remove one of the two"
+    data, architecture = table.get("data"), model.get("architecture") if isinstance(model, dict) else None
+    if isinstance(data, dict) and isinstance(data.get("train"), dict):
+        if architecture != "encoder_decoder":
+            yield f"data.train: pairs to translate are for model.architecture = 'encoder_decoder', got {architecture!r}"
+        if data.get("document_mask") is True:
+            yield "data.document_mask: a row of pairs is one document; remove it"
     if number("statistics", "noise_every") and tokens == seq_len:
         yield "statistics.noise_every: compares halves of a batch, which has one row only; raise train.batch_tokens"
     steps, warmup = number("train", "steps"), number("optim", "warmup_steps")
@@ -575,8 +630,6 @@ def _idle_keys(table: Table) -> Iterator[str]:
     """Of an encoder–decoder where there is none, or of a text where it reads pairs."""
     sections = {name: section for name in ("model", "train", "data") if isinstance(section := table.get(name), dict)}
     if sections.get("model", {}).get("architecture") == "encoder_decoder":
-        if sections.get("data", {}).get("document_mask") is True:
-            yield "data.document_mask: is of texts in a row; an encoder_decoder's row is one pair; remove it"
         return
     for section, key in (("model", "n_encoder_layers"), ("train", "source_len")):
         if sections.get(section, {}).get(key) is not None:

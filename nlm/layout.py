@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from nlm.config import Config, ParallelConfig
+from nlm.config import Config, ParallelConfig, TranslationConfig
 
 V_SCHEDULES = {"zbv", "dualpipev"}
 """Schedules that place weight gradients on their own; each rank holds two stages, which form a V."""
@@ -72,6 +72,8 @@ def _pipeline(config: Config) -> Iterator[str]:
         if parallel.schedule != "1f1b":
             yield f"parallel.schedule: {parallel.schedule!r} is of pipelines; set parallel.pp > 1 or remove it"
         return
+    if isinstance(config.data.train, TranslationConfig):
+        yield "parallel.pp: batches of pairs are as wide as their texts, a pipeline's all alike; set parallel.pp = 1"
     if parallel.n_stages > n_layers:
         yield (
             f"parallel.pp: {parallel.pp} ranks under {parallel.schedule!r} make {parallel.n_stages} stages, but there "

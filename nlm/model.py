@@ -304,19 +304,21 @@ class Block(nn.Module):
 
 class CrossEntropy(nn.Module):
     """logits [B S V/n], targets [B S] -> []: -ln softmax(logits)[target], in float32, summed over all targets
-    that are not IGNORED. With a `sparse_k`, the softmax is in training over so many of the largest logits only."""
+    that are not IGNORED. In training, with a `sparse_k`, the softmax is over so many of the largest logits only, and
+    the share `smoothing` of each target is spread over the vocabulary."""
 
     def __init__(self, vocab: Span, tp: TensorParallel) -> None:
         super().__init__()
         self.vocab, self.tp = vocab, tp
         self.sparse_k: int | None = None
+        self.smoothing = 0.0
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         rows, targets = precise.flatten(0, 1), targets.flatten()
         if self.training and self.sparse_k is not None:
             return self.tp.sparse_cross_entropy(rows, targets, self.vocab, self.sparse_k)
-        return self.tp.cross_entropy(rows, targets, self.vocab)
+        return self.tp.cross_entropy(rows, targets, self.vocab, self.smoothing if self.training else 0.0)
 
 
 Run = Callable[[range, Tensor], Tensor]

@@ -24,6 +24,7 @@ from nlm.checkpoint import (
 )
 from nlm.config import Config
 from nlm.data.corpus import Corpus
+from nlm.data.pairs import PairCorpus
 from nlm.data.rank import RankData
 from nlm.evaluate.loss import also_called, mean_loss
 from nlm.faults import Faults, Rollback
@@ -116,6 +117,8 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
     steps, until = config.train.steps, last_step(config)
     if log:
         log.say(_greeting(engine, mesh))
+        if isinstance(run.data.corpus, PairCorpus):
+            log.say(run.data.corpus.said)
         if start:
             log.say(f"resuming after step {start}")
     monitor = resumed_monitor(run.folder, engine.whole, steps, start) if log and run.statistics else None
@@ -240,7 +243,7 @@ def _greeting(engine: Engine, mesh: Mesh) -> str:
     return f"{n_parameters:,} parameters in {engine.config.model.n_all_layers} layers on {layout}{again}"
 
 
-def passes(corpus: Corpus, batches: int) -> dict[str, float]:
+def passes(corpus: Corpus | PairCorpus, batches: int) -> dict[str, float]:
     """Passes over the corpus, or over each source of a mixture, and how many rows of each were read."""
     epochs = corpus.epochs(batches)
     if len(epochs) == 1:

@@ -206,6 +206,7 @@ VARIANT_ROWS = {
             statistics={"spectra_every": 2, "noise_every": 2, "queries": 5},
         ),
         variant("sparse softmax", ["tp2+sp", "fsdp2xtp2xpp2"], {}, train={"sparse_softmax_k": 5}),
+        variant("label smoothing", ["tp2+sp", "fsdp2xtp2xpp2"], {}, train={"label_smoothing": 0.1}),
         variant("one block a unit", ["fsdp2", "fsdp2xtp2"], {}, parallel={"blocks_per_unit": 1}),
         variant(
             "three blocks a unit, kept", ["fsdp2", "hsdp2x2"], {}, parallel={"blocks_per_unit": 3, "reshard": False}

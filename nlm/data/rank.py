@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nlm.batch import Batch
-from nlm.config import Config
+from nlm.config import Config, TranslationConfig
 from nlm.data.corpus import Corpus
 from nlm.data.masked import stand_ins
+from nlm.data.pairs import PairCorpus, PairRows, Pairs, multiple, pairs_of, shuffled
 from nlm.data.source import Rows, ShardSource
 from nlm.mesh import Mesh
 from nlm.random import mixed
@@ -19,25 +20,34 @@ from nlm.random import mixed
 class RankData:
     """Every rank reads its own rows; of streams, the one that speaks reads all rows and passes them on.
 
-    Errors: as of Corpus; ValueError for a model that reads pairs.
+    Errors: as of Corpus and PairCorpus; ValueError for a text where pairs are to be read.
     """
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        if config.model.reads_source:
+        self.config, self.mesh = config, mesh
+        translates = isinstance(config.data.train, TranslationConfig)
+        if config.model.reads_source and not translates:
             raise ValueError(
-                "data.train: expected pairs of source and target for model.architecture = 'encoder_decoder', got text; "
-                "set another architecture"
+                "data.train: expected pairs for model.architecture = 'encoder_decoder', got text; set path and "
+                "languages in [data.train], or another architecture"
             )
-        self.config, self.mesh, self.corpus = config, mesh, Corpus(config)
-        self._validation: ShardSource | None = None
-        if config.data.validation is not None:
+        self.corpus = PairCorpus(config) if translates else Corpus(config)
+        self._validation: ShardSource | Pairs | None = None
+        if (path := config.data.validation) is not None and translates:
+            self._validation = pairs_of(config, path)
+        elif path is not None:
             self._validation = ShardSource(
-                config.data.validation, config.train.seq_len, config.model.n_tokens, 0, config.data.document_mask
+                path, config.train.seq_len, config.model.n_tokens, 0, config.data.document_mask
             )
 
     def rows(self, batch: int) -> Batch:
         """This rank's rows of batch 1, 2, …"""
         mesh = self.mesh
+        if isinstance(self.corpus, PairCorpus):
+            pairs = self.corpus.batch(batch, mesh.data_rank, mesh.data_size)
+            # No batch has more rows than tokens.
+            first = batch * self.config.train.batch_tokens + mesh.data_rank * len(pairs.tokens)
+            return pair_batch(self.config, pairs, first).to(mesh.device)
         n_rows = self.config.batch_rows // mesh.data_size
         first = (batch * mesh.data_size + mesh.data_rank) * n_rows
         if self.corpus.seeks or mesh.device_mesh is None:
@@ -62,15 +72,23 @@ class RankData:
     @property
     def validation_bytes_per_token(self) -> float | None:
         """Of all its text, a decoder's to predict; None where that is not known."""
-        if self._validation is None or self.config.model.is_encoder:
+        if not isinstance(self._validation, ShardSource) or self.config.model.is_encoder:
             return None
         return self._validation.bytes_per_token
 
     def validation_batches(self) -> Iterator[Batch] | None:
-        """At most evaluate.batches of them, in the corpus's order, no token a target twice; the last may be short."""
+        """At most evaluate.batches of them, in the corpus's order, no token a target twice; the last may be short.
+
+        Of pairs, batches of like length in a random order, always the same."""
         source, size = self._validation, self.config.batch_rows
         if source is None:
             return None
+        if isinstance(source, Pairs):
+            sizes = source.sizes
+            every = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(n) for n in sizes])
+            chosen = shuffled(source.cut(*every, self.config.train.batch_tokens), 0)[: self.config.evaluate.batches]
+            n = multiple(self.config)
+            return (pair_batch(self.config, source.rows(*pairs, multiple=n), 0, False) for pairs in chosen)
         n_rows = min(source.n_rows, self.config.evaluate.batches * size)
         return (
             batch_of(self.config, tensors(source.in_order(np.arange(start, min(start + size, n_rows)))), start, False)
@@ -84,14 +102,26 @@ def batch_of(config: Config, both: Iterable[Tensor], first: int, training: bool 
     Where something is random, it is so by the seed and the rows' numbers.
     """
     model, (tokens, starts) = config.model, both
-    numbers = torch.arange(first, first + len(tokens), device=tokens.device)
-    keys = mixed(numbers + mixed(torch.tensor(config.train.seed, device=tokens.device)))
+    keys = _keys(config, tokens, first)
     return Batch(
         tokens,
         starts.cumsum(1) if config.data.document_mask else None,
         keys if model.stochastic_depth and training else None,
         stand_ins(tokens, keys, model.vocab_size, config.train.masked_share) if model.is_encoder else None,
     )
+
+
+def pair_batch(config: Config, rows: PairRows, first: int, training: bool = True) -> Batch:
+    """As `batch_of`, of sources and targets."""
+    source, tokens = map(torch.from_numpy, rows)
+    keys = _keys(config, tokens, first) if config.model.stochastic_depth and training else None
+    return Batch(tokens, keys=keys, source=source, padding=config.model.padding)
+
+
+def _keys(config: Config, tokens: Tensor, first: int) -> Tensor:
+    """[B S+1] -> [B], random numbers of the rows."""
+    numbers = torch.arange(first, first + len(tokens), device=tokens.device)
+    return mixed(numbers + mixed(torch.tensor(config.train.seed, device=tokens.device)))
 
 
 def tensors(rows: Rows) -> tuple[Tensor, Tensor]:

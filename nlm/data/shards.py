@@ -172,6 +172,11 @@ class TokenShard:
             raise ValueError(f"expected a document in range({self.n_documents}), got {i}")
         return self.tokens[self._start(i) : self._start(i + 1)]
 
+    def lengths(self) -> NDArray[np.int64]:
+        """[n_documents], in tokens."""
+        starts = np.append(self._offsets // self.tokens.itemsize, self.n_tokens)
+        return np.diff(starts[self._boundaries])
+
     def starts(self, first: int, last: int) -> NDArray[np.int64]:
         """The places in first … last-1 of the stream at which a document starts, in order."""
         documents = range(self.n_documents)

@@ -116,15 +116,8 @@ class ShardSource:
         return rows / self.n_rows
 
     def fingerprint(self) -> dict[str, Any]:
-        return {
-            str(prefix): {
-                "tokens": shard.n_tokens,
-                "index": _sha256(shard_path(prefix, ".idx")),
-                "sampled": _sampled(shard.tokens),
-                "tokenizer": shard.facts().get("tokenizer_sha256"),
-            }
-            for prefix, shard in zip(self._prefixes, self._shards, strict=True)
-        }
+        shards = zip(self._prefixes, self._shards, strict=True)
+        return {str(prefix): shard_fingerprint(prefix, shard) for prefix, shard in shards}
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -150,6 +143,16 @@ def prefixes(path: str) -> list[Path]:
     if found := sorted(file.with_suffix("") for file in Path(path).glob("*.idx")):
         return found
     raise ValueError(f"{path}: expected pairs of .bin and .idx in this directory, found none; see `nlm tokenize`")
+
+
+def shard_fingerprint(prefix: str | Path, shard: TokenShard) -> dict[str, Any]:
+    """What must not change of a shard while a run goes on: JSON."""
+    return {
+        "tokens": shard.n_tokens,
+        "index": _sha256(shard_path(prefix, ".idx")),
+        "sampled": _sampled(shard.tokens),
+        "tokenizer": shard.facts().get("tokenizer_sha256"),
+    }
 
 
 def _sha256(path: Path) -> str:

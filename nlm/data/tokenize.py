@@ -1,4 +1,4 @@
-"""Files of text to one token shard [n_tokens] and the facts about it: the verb `nlm tokenize`."""
+"""Files of text to a token shard [n_tokens] and the facts about it, or one a language: the verb `nlm tokenize`."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from nlm.data.documents import Unit, find_files, read_documents, units
+from nlm.data.documents import Unit, find_files, language_files, read_documents, units
 from nlm.data.encode import encode_in_order
 from nlm.data.shards import SCAN_TOKENS, Saved, ShardWriter, TokenShard, shard_path
-from nlm.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256, train_sentencepiece
+from nlm.data.tokenizer import Tokenizer, language_tag, load_tokenizer, tokenizer_sha256, train_sentencepiece
 
 BATCH_CHARS = 1 << 17  # encoded together: little enough to stay in the cache
 
@@ -59,52 +60,115 @@ def tokenize(
     Errors: ValueError for bad inputs (see `documents`), a bad tokenizer, both or neither of the two ways to
     name one, or no text at all; OSError where the files cannot be written, or do not hold what was written.
     """
-    started_s = time.perf_counter()
+    _require_one(tokenizer, train_tokenizer)
+    return _tokenize({out: (text_field, find_files(inputs), False)}, out, tokenizer, train_tokenizer, workers)[out]
+
+
+def tokenize_languages(
+    inputs: list[str],
+    out: str,
+    languages: list[str],
+    tokenizer: str | None,
+    train_tokenizer: int | None,
+    workers: int = 0,
+) -> dict[str, Summary]:
+    """As `tokenize`, of parallel text: OUT.de.bin and so on, a shard a language, with a joint vocabulary.
+
+    Document i is the same text in all of them, and only its eod where a language lacks it. The vocabulary has a
+    `language_tag` of each.
+
+    Errors: as `tokenize`; ValueError for a tokenizer without the tags, or files that have not as many documents in each
+    language, or one that has no text at all.
+    """
+    _require_one(tokenizer, train_tokenizer)
+    shards = {
+        f"{out}.{language}": (language, language_files(inputs, language, languages), True) for language in languages
+    }
+    made = dict(zip(languages, _tokenize(shards, out, tokenizer, train_tokenizer, workers).values(), strict=True))
+    counts = {language: summary.documents for language, summary in made.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"expected as many documents in each language, got {counts}; align them line by line")
+    return made
+
+
+def _require_one(tokenizer: str | None, train_tokenizer: int | None) -> None:
     if (tokenizer is None) == (train_tokenizer is None):
         came = "neither" if tokenizer is None else "both"
         raise ValueError(f"expected --tokenizer or --train-tokenizer, got {came}; give exactly one of them")
-    files = find_files(inputs)
-    model, facts = shard_path(out, ".model"), shard_path(out, ".json")
+
+
+def _tokenize(
+    shards: dict[str, tuple[str, list[Path], bool]],
+    out: str,
+    tokenizer: str | None,
+    train_tokenizer: int | None,
+    workers: int,
+) -> dict[str, Summary]:
+    """By their prefixes, shards of a text field of some files each, which in parallel text is a language."""
+    model = shard_path(out, ".model")
     model.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch, _progress() as progress:
         if train_tokenizer is not None:
             trained = Path(scratch, model.name)
-            train_sentencepiece(_texts(files, text_field, progress), train_tokenizer, trained)
+            texts = chain.from_iterable(_texts(files, field, all_, progress) for field, files, all_ in shards.values())
+            tags = [language_tag(field) for field, _, parallel in shards.values() if parallel]
+            train_sentencepiece(texts, train_tokenizer, trained, tags)
             tokenizer = str(trained)
         assert tokenizer is not None, "exactly one of the two ways to name a tokenizer was given"
-        coder = load_tokenizer(tokenizer)
-        settings = [tokenizer_sha256(tokenizer), coder.vocab_size, text_field]
-        with Journal(out, settings, list(units(files))) as journal, journal.writer(coder.vocab_size) as shard:
-            task = progress.add_task("encoding", total=_bytes(*journal.units), completed=int(_bytes(*journal.done)))
-            work = ((unit, text_field) for unit in journal.units[len(journal.done) :])
-            workers = workers if len(journal.units) > 1 else 0
-            for (unit, _), encoded in encode_in_order(_encode, work, tokenizer, workers):
-                shard.add_documents(encoded.tokens, encoded.lengths)
-                journal.add(unit, shard.save(), encoded.bytes)
-                progress.advance(task, _bytes(unit))
-            if not journal.saved.documents:
-                raise ValueError(f"empty corpus: no text in {len(files)} files; give inputs that hold text")
-        written = TokenShard(out)
-        counts, crc32 = _read_again(written.tokens, coder.vocab_size)
-        if Saved(written.n_documents, written.n_tokens, crc32) != journal.saved:
-            raise OSError(f"{out}: what is there is not what was written ({journal.saved}); check the disk")
-        stated = {
-            "tokenizer": Path(tokenizer).name,
-            "tokenizer_sha256": tokenizer_sha256(tokenizer),
-            "vocab_size": coder.vocab_size,
-            "eod": coder.eod,
-            "documents": written.n_documents,
-            "tokens": written.n_tokens,
-            "bytes": journal.bytes,
-            "max_token": int(counts.nonzero()[0].max()),
-            "unigram_entropy_nats": _entropy_nats(counts),
-        }
-        Path(scratch, facts.name).write_text(json.dumps(stated, indent=2))
+        made, stated = {}, {}
+        for prefix, (field, files, parallel) in shards.items():
+            made[prefix], stated[prefix] = _write(prefix, field, files, parallel, tokenizer, workers, progress)
+        for prefix, facts in stated.items():
+            Path(scratch, shard_path(prefix, ".json").name).write_text(json.dumps(facts, indent=2))
         if train_tokenizer is not None:
             os.replace(trained, model)
-        os.replace(Path(scratch, facts.name), facts)
-    seconds = time.perf_counter() - started_s
-    return Summary(written.n_documents, written.n_tokens, journal.bytes, _entropy_nats(counts), seconds)
+        for prefix in shards:
+            os.replace(Path(scratch, shard_path(prefix, ".json").name), shard_path(prefix, ".json"))
+    return made
+
+
+def _write(
+    out: str, text_field: str, files: list[Path], parallel: bool, tokenizer: str, workers: int, progress: Progress
+) -> tuple[Summary, dict[str, object]]:
+    """One shard -> what was written, and the facts about it."""
+    started_s = time.perf_counter()
+    coder = load_tokenizer(tokenizer)
+    tag = coder.special(language_tag(text_field)) if parallel else None
+    if parallel and tag is None:
+        raise ValueError(
+            f"{tokenizer}: expected a special token {language_tag(text_field)}, found none; use --train-tokenizer, or "
+            "add one for each of the languages"
+        )
+    settings = [tokenizer_sha256(tokenizer), coder.vocab_size, text_field, *(["parallel"] if parallel else [])]
+    with Journal(out, settings, list(units(files))) as journal, journal.writer(coder.vocab_size) as shard:
+        task = progress.add_task("encoding", total=_bytes(*journal.units), completed=int(_bytes(*journal.done)))
+        work = ((unit, text_field, parallel) for unit in journal.units[len(journal.done) :])
+        workers = workers if len(journal.units) > 1 else 0
+        for (unit, *_), encoded in encode_in_order(_encode, work, tokenizer, workers):
+            shard.add_documents(encoded.tokens, encoded.lengths)
+            journal.add(unit, shard.save(), encoded.bytes)
+            progress.advance(task, _bytes(unit))
+        if not journal.saved.documents or not journal.bytes:
+            of = f" of field {text_field!r}" if parallel else ""
+            raise ValueError(f"empty corpus: no text{of} in {len(files)} files; give inputs that hold text")
+    written = TokenShard(out)
+    counts, crc32 = _read_again(written.tokens, coder.vocab_size)
+    if Saved(written.n_documents, written.n_tokens, crc32) != journal.saved:
+        raise OSError(f"{out}: what is there is not what was written ({journal.saved}); check the disk")
+    entropy, seconds = _entropy_nats(counts), time.perf_counter() - started_s
+    stated: dict[str, object] = {
+        "tokenizer": Path(tokenizer).name,
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "vocab_size": coder.vocab_size,
+        "eod": coder.eod,
+        "documents": written.n_documents,
+        "tokens": written.n_tokens,
+        "bytes": journal.bytes,
+        "max_token": int(counts.nonzero()[0].max()),
+        "unigram_entropy_nats": entropy,
+        **({"tag": tag} if parallel else {}),
+    }
+    return Summary(written.n_documents, written.n_tokens, journal.bytes, entropy, seconds), stated
 
 
 class Journal:
@@ -163,21 +227,21 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def _texts(files: list[Path], text_field: str, progress: Progress) -> Iterator[str]:
+def _texts(files: list[Path], text_field: str, optional: bool, progress: Progress) -> Iterator[str]:
     task = progress.add_task("training", total=sum(file.stat().st_size for file in files))
     for unit in units(files):
         for piece in unit:
-            yield from read_documents(piece, text_field)
+            yield from read_documents(piece, text_field, optional)
             progress.advance(task, piece.bytes)
 
 
-def _encode(coder: Tokenizer, work: tuple[Unit, str]) -> Encoded:
-    unit, text_field = work
+def _encode(coder: Tokenizer, work: tuple[Unit, str, bool]) -> Encoded:
+    unit, text_field, parallel = work
     end = np.array([coder.eod], np.int32)
     tokens, lengths, n_bytes = [end[:0]], [], 0
-    for texts in batched(text for piece in unit for text in read_documents(piece, text_field)):
+    for texts in batched(text for piece in unit for text in read_documents(piece, text_field, parallel)):
         for text, ids in zip(texts, coder.encode(texts), strict=True):
-            if ids.size:
+            if ids.size or parallel:
                 tokens += ids, end
                 lengths.append(len(ids) + 1)
                 n_bytes += len(text.encode())

@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
         """[n_tokens] -> text. `eod` has no text; bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def special(self, name: str) -> int | None:
+        """The id of a token that no text is encoded to; None if there is no such."""
+        ...
+
 
 @final
 class ByteTokenizer:
@@ -55,6 +59,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         """[n_tokens] -> text."""
         return bytes(i for i in np.asarray(ids).tolist() if i != self.eod).decode(errors="replace")
+
+    def special(self, name: str) -> int | None:
+        return None
 
 
 @final
@@ -90,6 +97,10 @@ class SentencePieceTokenizer:
         text: str = self._model.decode(np.asarray(ids, np.int32).tolist())
         return text
 
+    def special(self, name: str) -> int | None:
+        piece: int = self._model.piece_to_id(name)
+        return piece if self._model.is_control(piece) else None
+
 
 @final
 class HuggingFaceTokenizer:
@@ -123,6 +134,10 @@ class HuggingFaceTokenizer:
         """[n_tokens] -> text."""
         return self._model.decode([i for i in np.asarray(ids).tolist() if i != self.eod])
 
+    def special(self, name: str) -> int | None:
+        added = (token.content for token in self._model.get_added_tokens_decoder().values() if token.special)
+        return self._model.token_to_id(name) if name in added else None
+
 
 LOADERS: dict[str, Callable[[Path], Tokenizer]] = {
     ".model": SentencePieceTokenizer,
@@ -153,12 +168,17 @@ def tokenizer_sha256(spec: str) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: Path) -> Path:
+def language_tag(language: str) -> str:
+    """The special token that says into which language to translate."""
+    return f"<2{language}>"
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: Path, special: Sequence[str] = ()) -> Path:
     """Train a byte-fallback BPE model that gives every text back exactly, write it to `out`, return `out`.
 
     BPE as in Sennrich et al. 2016 (arXiv:1508.07909); no normalization, no dummy prefix, white space kept.
     Deterministic: one thread, and of more than SAMPLE_CHUNKS chunks of text a sample drawn with a fixed seed.
-    `out` appears whole or not at all.
+    `out` appears whole or not at all. The `special` tokens are of the vocabulary, but not of any text.
 
     Errors: ValueError when there is no text, or `vocab_size` is too large or too small for it.
     """
@@ -174,6 +194,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: Path) -> Pat
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             max_sentence_length=4 * CHUNK_CHARS,  # bytes; longer ones are left out
+            control_symbols=[*special],
             num_threads=1,
             minloglevel=2,
         )

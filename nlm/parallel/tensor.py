@@ -66,16 +66,17 @@ class TensorParallel(Ranks):
             return x
         return _Scatter.apply(x, self.group, self.size) if self.sequence else _Leave.apply(x, self.group)
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, vocab: Span) -> Tensor:
+    def cross_entropy(self, logits: Tensor, targets: Tensor, vocab: Span, smoothing: float = 0.0) -> Tensor:
         """Logits [N V/n] of the tokens in `vocab`, targets [N] -> []: -ln softmax(logits)[target], summed over N.
 
-        Targets that are IGNORED count nothing.
+        Targets that are IGNORED count nothing. With `smoothing`, that share of each target is spread evenly over the
+        vocabulary (Szegedy et al. 2016, arXiv:1512.00567, section 7).
 
-        No rank sees the others' logits: a maximum, a sum and the target's logit [N] are all that they exchange.
+        No rank sees the others' logits: a maximum, sums and the target's logit [N] are all that they exchange.
         """
         if self.size == 1:
-            return F.cross_entropy(logits, targets, reduction="sum")
-        return _CrossEntropy.apply(logits, targets, vocab.start, self.group)
+            return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+        return _CrossEntropy.apply(logits, targets, vocab, self.group, smoothing)
 
     def sparse_cross_entropy(self, logits: Tensor, targets: Tensor, vocab: Span, k: int) -> Tensor:
         """As `cross_entropy`, with a softmax over the k largest logits: ln Σ exp(logits among them) - the target's.
@@ -172,19 +173,26 @@ class _Scatter(Function):
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, start: int, group: Group) -> Tensor:
-        """`start` is this rank's first token."""
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab: Span, group: Group, smoothing: float) -> Tensor:
         counted = targets != IGNORED
-        ours = counted & (targets >= start) & (targets < start + logits.shape[1])
-        index = (targets - start).where(ours, 0)[:, None]
+        ours = counted & (targets >= vocab.start) & (targets < vocab.stop)
+        index = (targets - vocab.start).where(ours, 0)[:, None]
         shifted = logits - reduce(logits.amax(1, keepdim=True), group, "max")
-        target = shifted.gather(1, index)[:, 0] * ours
+        # What is aimed at: most of it the target's logit, the rest the mean of all.
+        aim = shifted.gather(1, index)[:, 0] * ours * (1 - smoothing)
+        if smoothing:
+            aim += shifted.sum(1) * (smoothing / vocab.full)
         exponentials = shifted.exp_()
-        total, target = reduce(torch.stack([exponentials.sum(1), target]), group)
-        ctx.save_for_backward(exponentials.mul_((counted / total)[:, None]), index, ours)
-        return (total.log() - target).where(counted, 0).sum()
+        total, aim = reduce(torch.stack([exponentials.sum(1), aim]), group)
+        softmax = exponentials.mul_((counted / total)[:, None])
+        if smoothing:
+            softmax -= counted[:, None].to(softmax.dtype) * (smoothing / vocab.full)
+        ctx.save_for_backward(softmax, index, ours)
+        ctx.smoothing = smoothing
+        return (total.log() - aim).where(counted, 0).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         softmax, index, ours = ctx.saved_tensors
-        return grad * softmax.scatter_add(1, index, -ours[:, None].to(softmax.dtype)), None, None, None
+        sure = ours[:, None].to(softmax.dtype) * (ctx.smoothing - 1)
+        return grad * softmax.scatter_add(1, index, sure), None, None, None, None

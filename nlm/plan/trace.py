@@ -153,6 +153,7 @@ def part_of(config: Config, n_layers: int) -> Transformer:
     if config.train.precision == "fp64":
         model.double()
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
+    model.cross_entropy.smoothing = config.train.label_smoothing
     if config.train.precision == "fp8":
         refuse_missing_float8("fp8", torch.device("cpu"))
         multiply_in_float8(model, emulate=False)

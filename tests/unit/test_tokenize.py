@@ -276,7 +276,9 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
         attempt()
     with pytest.raises(ValueError, match="nowhere: no such file or directory"):
         attempt(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"table\.csv: expected a file ending in \.txt, \.md, \.jsonl, \.parquet"):
+    with pytest.raises(
+        ValueError, match=r"table\.csv: expected a file ending in \.txt, \.md, \.jsonl, \.tsv, \.parquet"
+    ):
         attempt(tmp_path / "table.csv")
     with pytest.raises(ValueError, match=r"expected files ending in \.txt.* found none"):
         attempt(tmp_path)
@@ -334,7 +336,7 @@ def test_a_bad_file_leaves_what_was_done_for_the_next_try(
     encoded: list[Path] = []
     monkeypatch.setattr(
         "nlm.data.tokenize.read_documents",
-        lambda piece, field: encoded.append(Path(piece.path)) or read_documents(piece, field),
+        lambda piece, *how: encoded.append(Path(piece.path)) or read_documents(piece, *how),
     )
     tokenize(inputs, str(tmp_path / "out"), "byte", None)
     assert encoded == [Path(inputs[3])]
