@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from nlm.build import build_model, load_config
     from nlm.checkpoint import load_checkpoint
     from nlm.data.tokenizer import load_tokenizer
-    from nlm.evaluate.generate import generate
+    from nlm.decode.generate import generate
     from nlm.norms import NORMS
     from nlm.schemes import SCHEMES
     from nlm.scores import SCORES
@@ -34,7 +34,7 @@ HOMES = {
     "SCORES": "nlm.scores",
     "WEIGHT_NORMS": "nlm.weight_norms",
     "build_model": "nlm.build",
-    "generate": "nlm.evaluate.generate",
+    "generate": "nlm.decode.generate",
     "load_checkpoint": "nlm.checkpoint",
     "load_config": "nlm.build",
     "load_tokenizer": "nlm.data.tokenizer",

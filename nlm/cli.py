@@ -142,6 +142,17 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="writes a line of JSON a text")
     generate.set_defaults(run=_generate)
 
+    translate = verbs.add_parser("translate", help="translate texts with a trained encoder-decoder")
+    translate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step-00000100")
+    translate.add_argument("texts", nargs="*", metavar="TEXT", help="in any of the languages; default: lines of stdin")
+    translate.add_argument("--to", required=True, metavar="LANGUAGE", help="such as de")
+    translate.add_argument("--file", type=Path, metavar="FILE", help="of texts: a line each, or .jsonl of strings")
+    translate.add_argument("--beams", type=int, default=4, metavar="N", help="of beam search (4)")
+    translate.add_argument("--length-penalty", type=float, default=0.6, metavar="A", help="α of beam search (0.6)")
+    translate.add_argument("--batch", type=int, default=64, metavar="N", help="texts computed at once (64)")
+    translate.add_argument("--tokenizer", metavar="FILE.model|FILE.json", help="default: that of the run's data")
+    translate.set_defaults(run=_translate)
+
     average = verbs.add_parser("average", help="write the mean of several checkpoints' weights")
     average.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="the last few of a run")
     average.add_argument(
@@ -335,7 +346,7 @@ def _generate(options: argparse.Namespace) -> None:
     from nlm.data.lookup import find_tokenizer
     from nlm.data.prompts import read_prompts
     from nlm.data.tokenizer import load_tokenizer
-    from nlm.evaluate.generate import generate
+    from nlm.decode.generate import generate
     from nlm.runtime import pick_device
 
     if options.prompts and options.file:
@@ -385,6 +396,24 @@ def _import(options: argparse.Namespace) -> None:
 
     import_folder(options.folder, options.out, options.overrides)
     print(options.out)
+
+
+def _translate(options: argparse.Namespace) -> None:
+    from nlm.checkpoint import load_checkpoint
+    from nlm.data.lookup import find_tokenizer
+    from nlm.data.prompts import read_prompts
+    from nlm.data.tokenizer import load_tokenizer
+    from nlm.decode.search import Beams
+    from nlm.decode.translate import Translator
+    from nlm.runtime import pick_device
+
+    if options.texts and options.file:
+        raise ValueError("--file: expected texts or a file of them, got both; leave one out")
+    model, config = load_checkpoint(options.checkpoint)
+    coder = load_tokenizer(find_tokenizer(config.data, options.tokenizer))
+    search = Beams(options.beams, options.length_penalty)
+    translator = Translator(model.to(pick_device()), coder, config.source_len, search, options.batch)
+    print("\n".join(translator.texts(options.texts or read_prompts(options.file), options.to)))
 
 
 def _average(options: argparse.Namespace) -> None:

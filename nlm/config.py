@@ -477,10 +477,11 @@ class LogConfig(Section):
 
 class EvaluateConfig(Section):
     """Validation loss over the first `batches` batches of `train.batch_tokens`, every `every` steps (0: only after
-    the last)."""
+    the last). BLEU and chrF of so many `translations` of each direction, of pairs (0: none)."""
 
     every: NonNegativeInt = 0
     batches: PositiveInt = 10
+    translations: NonNegativeInt = 0
 
 
 class Config(Section):
@@ -619,6 +620,8 @@ def _contradictions(table: Table) -> Iterable[str]:
             yield f"data.train: pairs to translate are for model.architecture = 'encoder_decoder', got {architecture!r}"
         if data.get("document_mask") is True:
             yield "data.document_mask: a row of pairs is one document; remove it"
+    elif number("evaluate", "translations"):
+        yield "evaluate.translations: are of pairs to translate, data.train is text; remove it"
     if number("statistics", "noise_every") and tokens == seq_len:
         yield "statistics.noise_every: compares halves of a batch, which has one row only; raise train.batch_tokens"
     steps, warmup = number("train", "steps"), number("optim", "warmup_steps")

@@ -124,6 +124,8 @@ def _float8(config: Config) -> Iterator[str]:
 
 def _data(config: Config) -> Iterator[str]:
     parallel = config.parallel
+    if config.evaluate.translations and parallel.ranks > parallel.dp_replicate:
+        yield "evaluate.translations: needs a whole model on a rank; set 0, and use `nlm evaluate`"
     torch_sharded = parallel.engine == "torch" and parallel.dp_shard > 1
     if not torch_sharded:
         for key in ("blocks_per_unit", "reshard"):

@@ -127,6 +127,8 @@ EXTRAS: dict[str, type[Sink]] = {"wandb": Wandb, "mlflow": Mlflow}
 
 def refuse_missing_libraries(config: Config) -> None:
     """Errors: ConfigError."""
+    if config.evaluate.translations and find_spec("sacrebleu") is None:
+        raise ConfigError(["evaluate.translations: needs sacreBLEU; pip install 'nlm[translation]', or set 0"])
     if missing := [name for name in _chosen(config) if find_spec(name) is None]:
         raise ConfigError(
             f"log.{name}: the library {name} is not installed; pip install 'nlm[{name}]', or remove the table"

@@ -75,6 +75,7 @@ class Run:
     guard: Guard
     faults: Faults
     statistics: LayerStatistics | None
+    translations: Callable[[], dict[str, float]] | None
     stop: StopRequest
     step_ended: Callable[[], None]
 
@@ -99,7 +100,12 @@ def _train(config: Config, mesh: Mesh, stop: StopRequest, step_ended: Callable[[
         start_from(Path(begins_with), engine)
     statistics = LayerStatistics(engine, config.statistics) if config.statistics.enabled else None
     faults = Faults(folder, writes=mesh.speaks)
-    run = Run(folder, config, mesh, data, engine, guard, faults, statistics, stop, step_ended)
+    translations = None
+    if config.evaluate.translations:
+        from nlm.decode.translate import ValidationScores  # scored by an optional extra
+
+        translations = ValidationScores(engine, data.validation_pairs)
+    run = Run(folder, config, mesh, data, engine, guard, faults, statistics, translations, stop, step_ended)
     with Checkpointer(folder, engine, data.corpus, guard) as checkpointer:
         while True:
             latest = checkpoints(folder)[-1:]
@@ -153,6 +159,7 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
                 scalars["validation_loss"] = mean_loss(engine, batches)
                 names = also_called(scalars["validation_loss"], run.data.validation_bytes_per_token)
                 scalars |= {f"validation_{name}": value for name, value in names.items()}
+                scalars |= run.translations() if run.translations else {}
             facts = {"batch": batch, "batch_digest": run.data.digest(rows)}
             if log:
                 alarms = monitor.judge(step, vectors) if monitor and vectors else []

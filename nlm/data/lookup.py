@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nlm.config import DataConfig
+from nlm.config import DataConfig, TranslationConfig
 from nlm.data.shards import shard_facts, shard_path
 from nlm.data.source import prefixes
 from nlm.data.tokenizer import load_tokenizer, tokenizer_sha256
@@ -35,6 +35,8 @@ def has_shards(path: str) -> bool:
 
 
 def _paths(data: DataConfig) -> list[str]:
+    if isinstance(data.train, TranslationConfig):
+        return [f"{data.train.path}.{language}" for language in data.train.languages]
     return [source.path for source in data.sources if source.path is not None]
 
 

@@ -120,13 +120,17 @@ class Pairs:
         tokens = np.full((stop - start, target_width + 1), self.padding, np.int64)
         source[:, 0] = self._eod  # of an empty row, lest there be nothing to attend to
         for row, (direction, number) in enumerate(zip(directions[start:stop], numbers[start:stop], strict=True)):
-            document = int(self._documents[direction][number])
-            text, target = (self._shards[language].document(document) for language in self._pairs[direction])
-            source[row, 0] = self._tags[self._pairs[direction][1]]
-            source[row, 1 : len(text) + 1] = text
+            read, target = self.pair(int(direction), int(number))
+            source[row, : len(read)] = read
             tokens[row, 0] = self._eod
             tokens[row, 1 : len(target) + 1] = target
         return PairRows(source, tokens)
+
+    def pair(self, direction: int, number: int) -> tuple[Ids, Ids]:
+        """What the encoder reads, and the target with its end."""
+        document = int(self._documents[direction][number])
+        text, target = (self._shards[language].document(document) for language in self._pairs[direction])
+        return np.concatenate([[self._tags[self._pairs[direction][1]]], text]).astype(np.int32), target.astype(np.int32)
 
     def _sizes(self, directions: Numbers, numbers: Numbers) -> tuple[Numbers, Numbers]:
         """Of pairs [n], the tokens of the sources and of the targets [n]."""

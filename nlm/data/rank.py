@@ -76,6 +76,13 @@ class RankData:
             return None
         return self._validation.bytes_per_token
 
+    @property
+    def validation_pairs(self) -> Pairs:
+        """Errors: ValueError where there are none."""
+        if not isinstance(self._validation, Pairs):
+            raise ValueError("data.validation: expected shards of pairs, for evaluate.translations; set it, or set 0")
+        return self._validation
+
     def validation_batches(self) -> Iterator[Batch] | None:
         """At most evaluate.batches of them, in the corpus's order, no token a target twice; the last may be short.
 

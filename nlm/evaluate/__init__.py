@@ -1,2 +1,1 @@
-"""What a trained model is worth: losses on text, what its layers do, tasks of lm-evaluation-harness, and the text
-that it writes."""
+"""What a trained model is worth: losses on text, what its layers do, tasks of lm-evaluation-harness, BLEU."""

@@ -11,6 +11,7 @@ from nlm.parallel.engine import Inference
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # of growing shapes
 def greedy(inference: Inference, tokens: Sequence[int], n: int, ends: Callable[[list[int]], bool]) -> list[int]:
     """After tokens [S] at most n more, up to the first that `ends` says is the last. S + n is at most the context."""
     (model,) = inference.models

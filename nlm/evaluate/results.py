@@ -22,13 +22,17 @@ COLUMNS = {
 }
 
 
+KINDS = "text", "tasks", "translation"
+
+
 @dataclass
 class Result:
-    """Of one checkpoint, by the name of the data and of the task."""
+    """Of one checkpoint, by the name of the data and of the task; of data that are pairs, by direction."""
 
     checkpoint: Path
     text: dict[str, dict[str, Any]] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    translation: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def run(self) -> Path:
@@ -50,7 +54,7 @@ class Result:
         return self.run / "evaluation" / f"{self.checkpoint.name}.json"
 
     def to_json(self) -> dict[str, Any]:
-        return {"checkpoint": str(self.checkpoint), "step": self.step, "text": self.text, "tasks": self.tasks}
+        return {"checkpoint": str(self.checkpoint), "step": self.step} | {kind: getattr(self, kind) for kind in KINDS}
 
 
 def keep(result: Result) -> Path:
@@ -58,7 +62,7 @@ def keep(result: Result) -> Path:
     file, found = result.file, result.to_json()
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
-        found |= {kind: before.get(kind, {}) | found[kind] for kind in ("text", "tasks")}
+        found |= {kind: before.get(kind, {}) | found[kind] for kind in KINDS}
     write(file, found)
     return file
 

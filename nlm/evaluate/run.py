@@ -3,12 +3,15 @@
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nlm.checkpoint import checkpoint_config, checkpoints, saved_step
 from nlm.config import Config, ConfigError
+from nlm.data.lookup import find_tokenizer
+from nlm.data.pairs import pairs_of
+from nlm.data.tokenizer import load_tokenizer
 from nlm.evaluate.corpus import Corpus
 from nlm.evaluate.load import Loader, chosen, evaluation_config
 from nlm.evaluate.results import Result, header, keep, line, picture, write
@@ -91,6 +94,8 @@ def following(run: Path) -> Iterator[Path]:
 
 def _one(checkpoint: Path, asked: Asked, overrides: list[str], loader: Loader, step_ended: Any) -> Result:
     config, result = evaluation_config(checkpoint, overrides, asked.rows), Result(checkpoint)
+    if config.model.reads_source:
+        return _translated(result, config, asked, loader)
     data = asked.data or ([] if asked.tasks else _validation(config))
     corpus = Corpus(data, config, asked.tokenizer, asked.text_field)
     how = reading(config, asked.window, asked.stride, asked.tokens)
@@ -107,6 +112,24 @@ def _one(checkpoint: Path, asked: Asked, overrides: list[str], loader: Loader, s
     return result
 
 
+def _translated(result: Result, config: Config, asked: Asked, loader: Loader) -> Result:
+    from nlm.decode.translate import BEAMS, Translator, scores  # scored by an optional extra
+    from nlm.evaluate.translation import table
+
+    if loader.mesh.device_mesh is not None:
+        raise ConfigError(["model.architecture: an encoder_decoder translates in one process, not in several ranks"])
+    if asked.tasks or any((asked.window, asked.stride, asked.tokens)):
+        raise ConfigError(["--tasks, --window, --stride, --tokens: are not of an encoder_decoder, which translates"])
+    coder = load_tokenizer(find_tokenizer(config.data, asked.tokenizer))
+    (model,) = loader.load(result.checkpoint, config).models
+    translator = Translator(model.eval(), coder, config.source_len, BEAMS)
+    for path in asked.data or _validation(config):
+        found = scores(translator, pairs_of(config, path), asked.limit)
+        result.translation[path] = {direction: asdict(score) for direction, score in found.items()}
+        print(f"{result.name}, {path}\n{table(found)}", flush=True)
+    return result
+
+
 def _validation(config: Config) -> list[str]:
     if config.data.validation is None:
         raise ConfigError(["--data: the run has no data.validation to fall back on; name text, or --tasks"])
@@ -114,6 +137,7 @@ def _validation(config: Config) -> list[str]:
 
 
 def _say(result: Result, is_first: bool) -> None:
+    """But for translations, which have a table of their own."""
     for data, found in result.text.items():
         if is_first:
             print(header(Path(data).name[:15]))

@@ -26,8 +26,8 @@ from nlm.config import Config, DataConfig, SourceConfig
 from nlm.data.lookup import find_tokenizer
 from nlm.data.tokenize import tokenize
 from nlm.data.tokenizer import Tokenizer, train_sentencepiece
-from nlm.evaluate.generate import CachedDecoder, Speaking
-from nlm.evaluate.search import Beams, Sampling, beam_search, sample, text_key
+from nlm.decode.generate import CachedDecoder, Speaking
+from nlm.decode.search import Beams, Sampling, beam_search, sample, text_key
 from nlm.init import init
 from nlm.model import Transformer
 

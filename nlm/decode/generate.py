@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nlm.cache import Cache
 from nlm.data.tokenizer import Tokenizer
-from nlm.evaluate.search import Beams, Continuation, Drawn, Sampling, beam_search, sample, text_key
+from nlm.decode.search import Beams, Continuation, Drawn, Sampling, beam_search, sample, text_key
 from nlm.model import Transformer
 
 REPLACEMENT = "\ufffd"
@@ -53,7 +53,8 @@ class CachedDecoder:
 
     def _next(self, tokens: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] | None = None) -> Tensor:
         source = None if sources is None else self._filled(sources)
-        logits: Tensor = self.model(self._filled(tokens), source, cache=self.cache)
+        with torch.compiler.set_stance("force_eager"):  # of growing shapes
+            logits: Tensor = self.model(self._filled(tokens), source, cache=self.cache)
         return logits[:, 0, : self.n_tokens]
 
     def _filled(self, texts: Sequence[Sequence[int]]) -> Tensor:

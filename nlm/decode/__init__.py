@@ -1,0 +1,1 @@
+"""What a trained model writes: a search over next tokens, texts that go on, translations."""
