@@ -26,7 +26,7 @@ from nlm.config import Config
 from nlm.data.corpus import Corpus
 from nlm.data.pairs import PairCorpus
 from nlm.data.rank import RankData
-from nlm.evaluate.loss import also_called, mean_loss
+from nlm.evaluate.loss import accuracy, also_called, mean_loss
 from nlm.faults import Faults, Rollback
 from nlm.guard import Guard
 from nlm.mesh import Mesh
@@ -160,6 +160,8 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
                 names = also_called(scalars["validation_loss"], run.data.validation_bytes_per_token)
                 scalars |= {f"validation_{name}": value for name, value in names.items()}
                 scalars |= run.translations() if run.translations else {}
+                if config.model.is_encoder and (batches := run.data.validation_batches()) is not None:
+                    scalars["validation_accuracy"] = accuracy(engine, batches)
             facts = {"batch": batch, "batch_digest": run.data.digest(rows)}
             if log:
                 alarms = monitor.judge(step, vectors) if monitor and vectors else []

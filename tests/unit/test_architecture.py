@@ -31,7 +31,7 @@ LEVELS = [
     ["nlm.calibrate"],
     ["nlm.optim"],
     ["nlm.parallel", "nlm.evaluate.translation"],
-    ["nlm.decode"],
+    ["nlm.decode", "nlm.evaluate.predictions"],
     ["nlm.build", "nlm.evaluate.loss", "nlm.statistics"],
     ["nlm.plan"],
     ["nlm.environment"],

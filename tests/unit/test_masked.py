@@ -76,17 +76,21 @@ def test_no_document_sees_another(run_config: RunConfig) -> None:
 def test_an_encoder_learns(run_config: RunConfig, shard: str) -> None:
     """More than how frequent a byte is, and that one in ten is not hidden."""
     p = np.bincount(TokenShard(shard).tokens[:].astype(np.int64)) / TokenShard(shard).n_tokens
-    run = train(
-        run_config(
-            "learns",
-            ENCODER,
-            train={"steps": 300, "batch_tokens": 512, "masked_share": 0.3},
-            optim={"lr": 1e-2, "warmup_steps": 10},
-            log={"every": 300},
-            data={"train": shard, "validation": shard},
-        )
+    config = run_config(
+        "learns",
+        ENCODER,
+        train={"steps": 300, "batch_tokens": 512, "masked_share": 0.3},
+        optim={"lr": 1e-2, "warmup_steps": 10},
+        log={"every": 300},
+        data={"train": shard, "validation": shard},
     )
-    assert metrics(run)[-1]["validation_loss"] < -0.9 * (p[p > 0] * np.log(p[p > 0])).sum() - 0.2
+    last = metrics(run := train(config))[-1]
+    assert last["validation_loss"] < -0.9 * (p[p > 0] * np.log(p[p > 0])).sum() - 0.2
+    model, _ = load_checkpoint(run / "checkpoints/step-00000300")
+    batches = list(RankData(config, Mesh()).validation_batches() or ())
+    right = sum(int((model(batch.inputs).argmax(-1) == batch.targets).sum()) for batch in batches)
+    assert last["validation_accuracy"] == pytest.approx(right / sum(int(batch.n_targets()) for batch in batches))
+    assert last["validation_accuracy"] > p.max(), "better than always the most frequent byte"
 
 
 def test_microbatches_change_nothing(run_config: RunConfig) -> None:
