@@ -618,10 +618,10 @@ def _contradictions(table: Table) -> Iterable[str]:
     if isinstance(data, dict) and isinstance(data.get("train"), dict):
         if architecture != "encoder_decoder":
             yield f"data.train: pairs to translate are for model.architecture = 'encoder_decoder', got {architecture!r}"
-        if data.get("document_mask") is True:
-            yield "data.document_mask: a row of pairs is one document; remove it"
     elif number("evaluate", "translations"):
         yield "evaluate.translations: are of pairs to translate, data.train is text; remove it"
+    if isinstance(data, dict) and data.get("document_mask") is True and architecture == "encoder_decoder":
+        yield "data.document_mask: is of texts in a row; an encoder_decoder's row is one pair; remove it"
     if number("statistics", "noise_every") and tokens == seq_len:
         yield "statistics.noise_every: compares halves of a batch, which has one row only; raise train.batch_tokens"
     steps, warmup = number("train", "steps"), number("optim", "warmup_steps")

@@ -28,8 +28,8 @@ def rows_of(self, number):
     batch = number
     return rows(self, number)
 
-def infinite(self, x, targets=None, segments=None, keys=None):
-    out = forward(self, x, targets, segments, keys)
+def infinite(self, *given, **named):
+    out = forward(self, *given, **named)
     return out * float("inf") if batch == {BAD} and last and out.dim() == 0 else out
 
 nlm.data.rank.RankData.rows, Transformer.forward = rows_of, infinite

@@ -151,7 +151,7 @@ def test_a_source_is_for_two_stacks(two_stacks: MakeConfig, make_config: MakeCon
         build_model(two_stacks())(tokens)
     with pytest.raises(ValueError, match="expected no source"):
         build_model(make_config())(tokens, tokens)
-    with pytest.raises(ValueError, match="expected pairs of source and target"):
+    with pytest.raises(ValueError, match=r"expected pairs for model\.architecture"):
         RankData(two_stacks(), Mesh())
 
 

@@ -90,7 +90,7 @@ def test_cross_entropy(kind: str, dtype: torch.dtype, size: float, alone: str) -
     logits.requires_grad_()
     match kind:
         case "tensor parallel":
-            loss = _CrossEntropy.apply(logits.float(), targets, 0, alone)
+            loss = _CrossEntropy.apply(logits.float(), targets, Span.whole(logits.shape[1]), alone, 0.0)
         case _:
             loss = of_model(ROWS if kind == "sparse" else None)(logits, targets)
     assert loss.dtype == torch.float32

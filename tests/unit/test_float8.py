@@ -36,7 +36,7 @@ def model_of(config: Config) -> Transformer:
 def step(model: Transformer, vocab_size: int = 96) -> list[Tensor]:
     """Loss and gradients."""
     tokens = torch.randint(vocab_size, (4, 17), generator=torch.Generator().manual_seed(1))
-    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss = model(tokens[:, :-1], targets=tokens[:, 1:])
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
