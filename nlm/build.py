@@ -140,9 +140,7 @@ def _weight_norms(choice: WeightNormChoice | None) -> dict[Role, MakeWeightNorm]
 def build_engine(config: Config, mesh: Mesh) -> Engine:
     """What trains the model in the layout of the config, with this rank's parts of it, initialized."""
     parallel = config.parallel
-    say = print if mesh.speaks else None
-    refuse_missing_kernels(parallel, mesh.device)
-    refuse_missing_float8(config.train.precision, mesh.device, say)
+    _refuse_missing(config, mesh)
     whole = design(config, mesh.tp, data=mesh.data)
     values = calibration(config, config.train.seed)
     if parallel.pp > 1:
@@ -160,10 +158,16 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
 
 def build_inference(config: Config, mesh: Mesh) -> Inference:
     """The model in the layout of the config, which has no pipeline, without what training takes; initialized."""
-    refuse_missing_kernels(config.parallel, mesh.device)
+    _refuse_missing(config, mesh)
     values = calibration(config, config.train.seed)
     model = prepare(design(config, mesh.tp, data=mesh.data), config, mesh, values)
     return Inference(config, mesh, [model], model)
+
+
+def _refuse_missing(config: Config, mesh: Mesh) -> None:
+    """Errors: ValueError for kernels or float8 that cannot be had here."""
+    refuse_missing_kernels(config.parallel, mesh.device)
+    refuse_missing_float8(config.train.precision, mesh.device, print if mesh.speaks else None)
 
 
 def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str, float | Tensor]) -> Transformer:

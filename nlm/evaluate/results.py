@@ -4,13 +4,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from nlm.plain import plain
 
 COLUMNS = {
     "loss": ".4f",
@@ -71,7 +72,7 @@ def write(file: Path, found: Any) -> None:
     """As JSON, whole or not at all; what is not finite is null."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(_plain(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(plain(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, file)
 
 
@@ -133,14 +134,3 @@ def _reliability(axes: Axes, bins: Sequence[Mapping[str, Any]], colour: Any, lab
     axes.set_ylim(0, 1)
     axes.set_xlabel("confidence")
     axes.set_title("share of right predictions")
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case dict():
-            return {str(key): _plain(inner) for key, inner in value.items()}
-        case list() | tuple():
-            return [_plain(inner) for inner in value]
-        case float() if not isfinite(value):
-            return None
-    return value

@@ -241,41 +241,30 @@ _HEAD_NORMS: dict[str, str | Joined] = {
 _RMS = {"rms_norm_eps": "norm_eps"}
 _QKV = ("blocks.{l}.attn.wq", "blocks.{l}.attn.wk", "blocks.{l}.attn.wv")
 
+
+def _llama(model_class: str, activations: Mapping[str, str], ffn: Mapping[str, str | Joined]) -> Architecture:
+    return Architecture(
+        model_class=model_class,
+        norms="before",
+        fields=_SIZES
+        | _RMS
+        | {
+            "head_dim": "head_dim",
+            "attention_bias": "bias",
+            "mlp_bias": "bias",
+            "hidden_act": Values("activation", activations),
+        },
+        ours={"norm": RMSNORM, "position": "rope"},
+        modules={**_ENDS, **_BEFORE, **_ATTENTION, **ffn},
+        absent=_ABSENT | {"head_dim": None, "num_key_value_heads": None, "mlp_bias": False},
+        only=_ONLY,
+        idle=IDLE,
+    )
+
+
 HUGGING_FACE = (
-    Architecture(
-        model_class="LlamaForCausalLM",
-        norms="before",
-        fields=_SIZES
-        | _RMS
-        | {
-            "head_dim": "head_dim",
-            "attention_bias": "bias",
-            "mlp_bias": "bias",
-            "hidden_act": Values("activation", GATED),
-        },
-        ours={"norm": RMSNORM, "position": "rope"},
-        modules=_ENDS | _BEFORE | _ATTENTION | _GATED_FFN,
-        absent=_ABSENT | {"head_dim": None, "num_key_value_heads": None, "mlp_bias": False},
-        only=_ONLY,
-        idle=IDLE,
-    ),
-    Architecture(
-        model_class="ArceeForCausalLM",
-        norms="before",
-        fields=_SIZES
-        | _RMS
-        | {
-            "head_dim": "head_dim",
-            "attention_bias": "bias",
-            "mlp_bias": "bias",
-            "hidden_act": Values("activation", PLAIN),
-        },
-        ours={"norm": RMSNORM, "position": "rope"},
-        modules=_ENDS | _BEFORE | _ATTENTION | _PLAIN_FFN,
-        absent=_ABSENT | {"head_dim": None, "num_key_value_heads": None, "mlp_bias": False},
-        only=_ONLY,
-        idle=IDLE,
-    ),
+    _llama("LlamaForCausalLM", GATED, _GATED_FFN),
+    _llama("ArceeForCausalLM", PLAIN, _PLAIN_FFN),
     Architecture(
         model_class="Qwen3ForCausalLM",
         norms="before",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nlm.plain import plain
 from nlm.probe.measure import Probe, Signal
 from nlm.probe.verdict import Verdict, gradient_ratio
 from nlm.statistics.curves import depth_figure, layer_figure
@@ -53,7 +54,7 @@ def save(probe: Probe, verdict: Verdict, out: Path) -> Iterator[Path]:
     depth_figure(np.array(list(probe.signals)), totals, exponents, title).savefig(path := out / "depth.png")
     yield path
     (path := out / "probe.json").write_text(
-        json.dumps(_plain(_numbers(probe, verdict)), indent=1, allow_nan=False), encoding="utf-8"
+        json.dumps(plain(_numbers(probe, verdict)), indent=1, allow_nan=False), encoding="utf-8"
     )
     yield path
 
@@ -87,17 +88,3 @@ def _numbers(probe: Probe, verdict: Verdict) -> dict[str, Any]:
         "verdict": verdict.outcome,
         "findings": [asdict(finding) for finding in verdict.findings],
     }
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it, which knows neither arrays nor numbers that are not finite."""
-    match value:
-        case dict():
-            return {str(key): _plain(inner) for key, inner in value.items()}
-        case list() | tuple():
-            return [_plain(inner) for inner in value]
-        case np.ndarray():
-            return _plain(value.tolist())
-        case float() if not np.isfinite(value):
-            return None
-    return value

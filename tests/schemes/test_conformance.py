@@ -1,20 +1,19 @@
 """What holds for every scheme, norm, score and weight norm. A new entry of a registry is tested by being there."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from entries import COMBINATIONS, ENCODERS, MIXED
+from poison import assert_init_fills_everything
 from schemes_table import compiled_difference
 from torch import Tensor
 
 from nlm import SCHEMES, build_model
 from nlm.anatomy import MATRICES, Role
-from nlm.build import build_engine, calibration
+from nlm.build import build_engine
 from nlm.config import Config
-from nlm.init import init
 from nlm.mesh import Mesh
 from nlm.model import Transformer, weights
 from nlm.optim import projection
@@ -78,20 +77,7 @@ def test_no_future_leaks(config: Config) -> None:
 
 
 def test_init_fills_everything(config: Config) -> None:
-    """NaN poison: init leaves no parameter or buffer as the memory was."""
-    model = build_model(config)
-    expected = copy.deepcopy(model)
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
-    init(model, config.train.seed, calibration(config, config.train.seed))
-    for (name, ours), theirs in zip(
-        (*model.named_parameters(), *model.named_buffers()),
-        (*expected.parameters(), *expected.buffers()),
-        strict=True,
-    ):
-        assert torch.equal(ours, theirs), name
-        assert ours.isfinite().all(), name
+    assert_init_fills_everything(config)
 
 
 def test_weights_and_groups_cover_every_parameter_once(config: Config) -> None:

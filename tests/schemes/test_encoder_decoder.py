@@ -1,6 +1,5 @@
 """An encoder with its decoder: what holds for every scheme that defines both stacks; the others are refused."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from math import log, sqrt
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pairs import Pairs, pairs
+from poison import assert_init_fills_everything
 from torch import Tensor
 from transcription import difference
 from two_stacks import course, update
@@ -19,11 +19,10 @@ import nlm.train
 from nlm import NORMS, SCHEMES, SCORES, build_model
 from nlm.anatomy import IGNORED, MATRICES, Role, Weight
 from nlm.batch import Batch
-from nlm.build import build_engine, calibration, design
+from nlm.build import build_engine, design
 from nlm.compare import differences
 from nlm.config import Config, ConfigError
 from nlm.data.rank import RankData
-from nlm.init import init
 from nlm.mesh import Mesh
 from nlm.model import Part, Transformer, weights
 from nlm.norms.batch import BatchStatistics
@@ -220,18 +219,7 @@ def test_padding_is_no_target(two_stacks: MakeConfig) -> None:
 
 
 def test_init_fills_everything(config: Config) -> None:
-    model = build_model(config)
-    expected = copy.deepcopy(model)
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
-    init(model, config.train.seed, calibration(config, config.train.seed))
-    for (name, ours), theirs in zip(
-        (*model.named_parameters(), *model.named_buffers()),
-        (*expected.parameters(), *expected.buffers()),
-        strict=True,
-    ):
-        assert torch.equal(ours, theirs) and ours.isfinite().all(), name
+    assert_init_fills_everything(config)
 
 
 def test_weights_and_groups_cover_every_parameter_once(config: Config) -> None:

@@ -17,6 +17,7 @@ LEVELS = [
         "nlm.batch",
         "nlm.guard",
         "nlm.layout",
+        "nlm.plain",
         "nlm.signals",
         "nlm.sinks",
         "nlm.storage",
