@@ -23,7 +23,11 @@ class Judged(NamedTuple):
 
 
 class Guard:
-    """Judges every step by the loss and gradient norm of the last `window` that were not left out."""
+    """Judges every step by the loss and the logarithm of the gradient norm of the last `window` that were not left out.
+
+    A norm varies by factors. When a model finds what to learn next, it grows threefold within a window: more than six
+    standard deviations of the norm itself, and that for many steps, since none of them then widens the window.
+    """
 
     def __init__(self, config: FaultsConfig, device: torch.device) -> None:
         self._config = config
@@ -37,7 +41,8 @@ class Guard:
         Once `rollback_after` in a row were, so are all others: what went bad stays as it is until the host looks.
         """
         _, seen, in_a_row = self._counts
-        now = torch.stack([loss.double(), grad_norm.double()])
+        norm = grad_norm.double()
+        now = torch.stack([loss.double(), norm.clamp(min=1e-30).log()])
         limit = self._window.mean(0) + self._config.sigma * self._window.std(0)
         spike = (now > limit).any() & (seen >= self._config.window) & (self._config.sigma > 0)
         left_out = ~now.isfinite().all() | spike | (in_a_row >= self._config.rollback_after)
@@ -45,7 +50,7 @@ class Guard:
         self._window.index_copy_(0, place, now.where(~left_out, self._window.index_select(0, place)[0])[None])
         self._counts += torch.stack([~left_out, ~left_out, left_out])
         self._counts[2] *= left_out
-        self._since.append((step, batch, torch.cat([left_out.double()[None], now])))
+        self._since.append((step, batch, torch.stack([left_out.double(), now[0], norm])))
         return left_out
 
     def judged(self) -> list[Judged]:

@@ -47,15 +47,23 @@ def test_what_is_not_finite_is_left_out_from_the_first_step_on() -> None:
 
 @pytest.mark.parametrize("which", ["loss", "gradient norm"])
 def test_a_spike_is_more_than_sigma_above_a_full_window(which: str) -> None:
-    """Of 1 and 3 in turn: mean 2, standard deviation sqrt(8/7)."""
+    """Of 1 and 3 in turn: mean 2, standard deviation sqrt(8/7). Norms are judged by their logarithms."""
     usual, one = [1.0, 3.0] * 4, [1.0] * 9
     limit = 2 + 6 * math.sqrt(8 / 7)
     for last, out in ((limit * 1.001, True), (limit * 0.999, False), (-100.0, False)):
         series = [*usual, last]
-        found = verdicts(guard(), series) if which == "loss" else verdicts(guard(), one, series)
+        found = verdicts(guard(), series) if which == "loss" else verdicts(guard(), one, np.exp(series).tolist())
         assert found == [False] * 8 + [out]
     assert verdicts(guard(), [1.0] * 7 + [1000.0]) == [False] * 8, "the window is not full"
     assert verdicts(guard(sigma=0.0), [*usual, 1000.0]) == [False] * 9
+
+
+def test_a_gradient_that_grows_as_a_model_learns_is_no_spike() -> None:
+    """Threefold within 64 steps that scatter by a fifth, as when a decoder begins to use what its encoder says."""
+    growth = np.concatenate([np.zeros(128), np.linspace(0, math.log(3), 64), np.full(64, math.log(3))])
+    norms = np.exp(growth + 0.2 * np.random.default_rng(0).standard_normal(len(growth)))
+    assert not any(verdicts(guard(window=128), [1.0] * len(norms), norms.tolist()))
+    assert verdicts(guard(window=128), [1.0] * 129, [*norms[:128], 20.0])[-1]
 
 
 def test_only_steps_that_counted_are_in_the_window_and_the_oldest_leaves_it() -> None:
