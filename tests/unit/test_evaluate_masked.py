@@ -147,12 +147,10 @@ def test_a_run_and_what_is_kept_of_it(
     ):
         assert main(["evaluate", last, *asked]) == 2
         assert said in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="expected model.architecture = 'decoder'.*got 'encoder_decoder'"):
-        reading(evaluation_config(Path(last)).model_copy(update={"model": _translator(Path(last))}))
+    config = evaluation_config(Path(last))
+    translator = config.model.model_copy(update={"architecture": "encoder_decoder"})
+    with pytest.raises(ConfigError, match=r"expected model\.architecture = 'decoder'.*got 'encoder_decoder'"):
+        reading(config.model_copy(update={"model": translator}))
     (tmp_path / "none.txt").write_text("I")
     assert main(["evaluate", last, "--data", str(tmp_path / "none.txt")]) == 2
     assert "none.txt: no token to predict; give more text" in capsys.readouterr().err
-
-
-def _translator(checkpoint: Path) -> Any:
-    return evaluation_config(checkpoint).model.model_copy(update={"architecture": "encoder_decoder"})
