@@ -25,6 +25,11 @@ def mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def row_keys(seed: int, numbers: Tensor) -> Tensor:
+    """Rows' numbers among all, int64 [B] -> [B] int64: keys of what is to be random in each."""
+    return mixed(numbers + mixed(torch.tensor(seed, device=numbers.device)))
+
+
 def words(keys: Tensor, number: Tensor) -> Tensor:
     """Keys and numbers, int64, broadcast -> int64 in [0, 2³²), others for every number."""
     return mixed(keys + mixed(number))

@@ -14,7 +14,7 @@ from nlm.data.masked import stand_ins
 from nlm.data.pairs import PairCorpus, PairRows, Pairs, multiple, pairs_of, shuffled
 from nlm.data.source import Rows, ShardSource
 from nlm.mesh import Mesh
-from nlm.random import mixed
+from nlm.random import row_keys
 
 
 class RankData:
@@ -127,8 +127,7 @@ def pair_batch(config: Config, rows: PairRows, first: int, training: bool = True
 
 def _keys(config: Config, tokens: Tensor, first: int) -> Tensor:
     """[B S+1] -> [B], random numbers of the rows."""
-    numbers = torch.arange(first, first + len(tokens), device=tokens.device)
-    return mixed(numbers + mixed(torch.tensor(config.train.seed, device=tokens.device)))
+    return row_keys(config.train.seed, torch.arange(first, first + len(tokens), device=tokens.device))
 
 
 def tensors(rows: Rows) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from nlm.config import ConfigError
+from nlm.config import Config, ConfigError
 from nlm.evaluate.corpus import Corpus
 from nlm.evaluate.layers import LEAST, Depth, depth
 from nlm.evaluate.load import Loader, evaluation_config
+from nlm.evaluate.masked import masked_rows
 from nlm.evaluate.results import Result, write
 from nlm.evaluate.text import reading
 from nlm.evaluate.windows import Windows, joined, rows
@@ -51,19 +52,27 @@ def layers(
     if problems:
         raise ConfigError(problems)
     corpus = Corpus(data or [str(config.data.validation)], config, tokenizer, text_field)
-    batch = _batch(corpus, window, max(1, tokens // window))
+    batch = _batch(corpus, config, window, max(1, tokens // window))
     mesh = Mesh(config.parallel, pick_device())
     (model,) = Loader(mesh).load(checkpoint, config).models
     return depth(model, batch.to(mesh.device), every, threshold)
 
 
-def _batch(corpus: Corpus, window: int, n: int) -> Windows:
+def _batch(corpus: Corpus, config: Config, window: int, n: int) -> Windows:
     """The first n whole windows; they begin inside documents."""
-    found = (row for document in corpus.documents() for row in rows(document.tokens, window, window))
-    whole = list(islice((row for row in found if len(row[0]) == window + 1), n))
+    documents = (document.tokens for document in corpus.documents())
+    if config.model.is_encoder:
+        found = masked_rows(documents, config, window)
+    else:
+        found = (row for tokens in documents for row in rows(tokens, window, window))
+    whole = list(islice((row for row in found if len(row.tokens) == window + 1), n))
     if not whole:
-        raise ConfigError([f"--window: no document has {window + 1} tokens; choose a shorter one"])
-    return joined(whole, len(whole), window)
+        least = window if config.model.is_encoder else window + 1
+        raise ConfigError([f"--window: no document has {least} tokens; choose a shorter one"])
+    batch = joined(whole, len(whole), window)
+    if not batch.n_targets():
+        raise ConfigError([f"--tokens: none of the {len(whole) * window} is masked; give more"])
+    return batch
 
 
 def text(found: Depth) -> str:

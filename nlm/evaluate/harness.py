@@ -23,7 +23,7 @@ from nlm.evaluate.greedy import greedy
 from nlm.evaluate.load import Loader, evaluation_config
 from nlm.evaluate.predictions import predictions
 from nlm.evaluate.text import reading
-from nlm.evaluate.windows import joined
+from nlm.evaluate.windows import Row, joined
 from nlm.mesh import Mesh
 from nlm.parallel.engine import Inference
 from nlm.runtime import pick_device
@@ -64,7 +64,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
             coder = load_tokenizer(find_tokenizer(config.data, tokenizer))
             inference = Loader(Mesh(config.parallel, pick_device())).load(Path(checkpoint), config)
         self.inference, self.coder, self.after_each = inference, coder, after_each
-        self.window = reading(inference.config, window).window
+        self.window = reading(inference.config, window, tasks=True).window
 
     @property
     def eot_token_id(self) -> int:
@@ -97,8 +97,8 @@ class Harness(TemplateLM):  # type: ignore[misc]
             for _, context, continuation in (requests[i] for i in some):
                 if not len(continuation) <= self.window:
                     raise ValueError(f"a continuation of {len(continuation)} tokens is longer than {self.window}")
-                rows.append((np.array([*context, *continuation][-self.window - 1 :]), len(continuation)))
-            longest = max(len(tokens) for tokens, _ in rows) - 1
+                rows.append(Row(np.array([*context, *continuation][-self.window - 1 :]), len(continuation)))
+            longest = max(len(row.tokens) for row in rows) - 1
             batch = joined(rows, len(rows), longest + -longest % (tp.size if tp.sequence else 1))
             seen, scored = predictions(self.inference, batch), batch.scored
             assert scored is not None

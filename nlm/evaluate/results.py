@@ -87,7 +87,8 @@ def line(name: str, found: Mapping[str, Any]) -> str:
 
 
 def picture(results: Sequence[Result], data: str) -> Figure:
-    """Loss by position and reliability of every checkpoint and, of several, what the table says over their steps."""
+    """Reliability of every checkpoint, a decoder's loss by position and, of several, what the table says over their
+    steps: the accuracy where no bits per byte are known."""
     found = [(result, result.text[data]) for result in results if data in result.text]
     over = [(result.step, text) for result, text in found if result.step is not None]
     steps = sorted({step for step, _ in over})
@@ -97,13 +98,20 @@ def picture(results: Sequence[Result], data: str) -> Figure:
     shades = [colormaps["viridis"](0.85 * i / max(1, len(found) - 1)) for i in range(len(found))]
     several = len({result.run for result, _ in found}) > 1
     labels = [f"{result.run.name} {result.name}" if several else result.name for result, _ in found]
-    by_position, reliability = figure.add_subplot(grid[0, :6]), figure.add_subplot(grid[0, 6:])
+    has_positions = any("by_position" in text for _, text in found)
+    if has_positions:
+        by_position = figure.add_subplot(grid[0, :6])
+        for (_, text), shade, label in zip(found, shades, labels, strict=True):
+            _by_position(by_position, text.get("by_position", ()), shade, label)
+        by_position.legend(fontsize=8)
+    reliability = figure.add_subplot(grid[0, 6 if has_positions else 0 :])
     for (_, text), shade, label in zip(found, shades, labels, strict=True):
-        _by_position(by_position, text["by_position"], shade, label)
         _reliability(reliability, text["reliability"], shade, label)
     reliability.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
-    by_position.legend(fontsize=8)
-    for i, name in enumerate(("loss", "bits_per_byte", "calibration_error") if len(steps) > 1 else ()):
+    if not has_positions:
+        reliability.legend(fontsize=8)
+    second = "bits_per_byte" if any(text.get("bits_per_byte") is not None for _, text in found) else "accuracy"
+    for i, name in enumerate(("loss", second, "calibration_error") if len(steps) > 1 else ()):
         axes = figure.add_subplot(grid[1, 4 * i : 4 * i + 4])
         for run in dict.fromkeys(result.run for result, _ in found):
             mine = sorted(

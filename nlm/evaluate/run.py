@@ -98,7 +98,7 @@ def _one(checkpoint: Path, asked: Asked, overrides: list[str], loader: Loader, s
         return _translated(result, config, asked, loader)
     data = asked.data or ([] if asked.tasks else _validation(config))
     corpus = Corpus(data, config, asked.tokenizer, asked.text_field)
-    how = reading(config, asked.window, asked.stride, asked.tokens)
+    how = reading(config, asked.window, asked.stride, asked.tokens, tasks=bool(asked.tasks))
     inference = loader.load(checkpoint, config)
     if data:
         result.text[" ".join(data)] = measure(inference, corpus, how, step_ended)

@@ -1,4 +1,5 @@
-"""Loss on text: perplexity, bits per byte, calibration, and the loss at each position of the context."""
+"""Loss on text: perplexity, bits per byte, calibration, and the loss at each position of the context; of an encoder, on
+the tokens that are hidden from it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from nlm.batch import KEPT
 from nlm.config import Config, ConfigError
 from nlm.evaluate.corpus import Corpus
 from nlm.evaluate.loss import also_called
+from nlm.evaluate.masked import masked_rows
 from nlm.evaluate.predictions import predictions
 from nlm.evaluate.windows import Row, Windows, batches, cut, rows
 from nlm.parallel.engine import Inference
@@ -24,23 +28,37 @@ BUCKETS = 24
 @dataclass(frozen=True)
 class Reading:
     """How text is read: in windows of `window` tokens, each `stride` after the one before; of `tokens`, at most so many
-    from the beginning are predicted."""
+    from the beginning are predicted or, by an encoder, read."""
 
     window: int
     stride: int
     tokens: int | None = None
 
 
-def reading(config: Config, window: int | None = None, stride: int | None = None, tokens: int | None = None) -> Reading:
-    """By default windows are as long as the context of training, and overlap by half.
+def reading(
+    config: Config,
+    window: int | None = None,
+    stride: int | None = None,
+    tokens: int | None = None,
+    tasks: bool = False,
+) -> Reading:
+    """By default windows are as long as the context of training; a decoder's overlap by half, an encoder's never.
 
-    Errors: ConfigError for a model that cannot, and windows or strides that do not fit.
+    Errors: ConfigError for a model that cannot, or has no next token for `tasks`, and for windows or strides that do
+    not fit.
     """
-    longest, problems = config.train.seq_len, []
+    model, longest, problems = config.model, config.train.seq_len, []
     window = longest if window is None else window
-    stride = max(1, window // 2) if stride is None else stride
-    if (kind := config.model.architecture) != "decoder":
-        problems.append(f"model.architecture: expected 'decoder', which predicts a text's next token, got {kind!r}")
+    if model.reads_source or (model.is_encoder and tasks):
+        asked = "--tasks: " if tasks else ""
+        problems.append(
+            f"{asked}expected model.architecture = 'decoder', which predicts a text's next token, got "
+            f"{model.architecture!r}"
+        )
+    if model.is_encoder and stride is not None:
+        problems.append(f"--stride: an encoder's windows do not overlap, got {stride}; leave it out")
+    if stride is None or model.is_encoder:
+        stride = window if model.is_encoder else max(1, window // 2)
     if not 1 <= window <= longest:
         problems.append(f"--window: expected 1 to train.seq_len = {longest}, the longest context learned, got {window}")
     elif not 1 <= stride <= window:
@@ -89,11 +107,13 @@ def measure(
 
     Errors: ValueError for a corpus without a token to predict.
     """
-    config, mesh, counts = inference.config, inference.mesh, Counts()
+    config, mesh, encoder = inference.config, inference.mesh, inference.config.model.is_encoder
+    counts = Counts(bytes=None if encoder else 0)
     multiple = config.parallel.tp if config.parallel.sequence_parallel else 1
     longest = -(-how.window // multiple) * multiple
     tally, length = Tally(longest, mesh.device), longest if config.parallel.compile else None
-    for batch in batches(_rows(corpus, config, how, counts), config.batch_rows, multiple, length):
+    found = _masked if encoder else _rows
+    for batch in batches(found(corpus, config, how, counts), config.batch_rows, multiple, length):
         tally.add(inference, batch.chunk(mesh.data_size)[mesh.data_rank])
         after_each()
     tally.join(inference)
@@ -108,7 +128,11 @@ def measure(
         "stride": how.stride,
         "documents": counts.documents,
         "tokens": counts.tokens,
-        "bytes": counts.bytes,
+        **(
+            {"of_tokens": counts.read, "masked_share": config.train.masked_share}
+            if encoder
+            else {"bytes": counts.bytes}
+        ),
         "loss": loss / n,
         **also_called(loss / n, per_token),
         "accuracy": correct / n,
@@ -118,15 +142,16 @@ def measure(
             for i, (k, c, r) in enumerate(zip(count.tolist(), confidence.tolist(), right.tolist(), strict=True))
             if k
         ],
-        "by_position": list(_by_position(tally.positions)),
+        **({} if encoder else {"by_position": list(_by_position(tally.positions))}),
     }
 
 
 @dataclass
 class Counts:
-    """Of what was read; `bytes` is None where they are not known."""
+    """Of what was read; `tokens` are those that were predicted, and `bytes` is None where they are not known."""
 
     documents: int = 0
+    read: int = 0
     tokens: int = 0
     bytes: int | None = 0
 
@@ -150,6 +175,24 @@ def _rows(corpus: Corpus, config: Config, how: Reading, counts: Counts) -> Itera
         counts.tokens += len(tokens) - 1
         counts.bytes = None if n_bytes is None or counts.bytes is None else counts.bytes + n_bytes
         yield from rows(tokens, how.window, how.stride)
+
+
+def _masked(corpus: Corpus, config: Config, how: Reading, counts: Counts) -> Iterator[Row]:
+    for row in masked_rows(_texts(corpus, how, counts), config, how.window):
+        assert row.stand_ins is not None
+        counts.tokens += int((row.stand_ins[-row.scored - 1 : -1] != KEPT).sum())
+        yield row
+
+
+def _texts(corpus: Corpus, how: Reading, counts: Counts) -> Iterator[NDArray[np.integer]]:
+    """The documents' tokens, those at the ends among them."""
+    for tokens, _ in corpus.documents():
+        if counts.read == how.tokens:
+            return
+        tokens = tokens if how.tokens is None else tokens[: how.tokens - counts.read]
+        counts.documents += 1
+        counts.read += len(tokens)
+        yield tokens
 
 
 def _by_position(positions: Tensor) -> Iterator[dict[str, Any]]:

@@ -225,6 +225,3 @@ def test_what_does_not_fit(run: Callable[..., Path], shard: str, plays: list[Pat
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"empty\.txt: no token to predict"):
         measured(checkpoint, [str(tmp_path / "empty.txt")])
-    encoder = checkpoints(run("encoder", {"architecture": "encoder", "vocab_size": 258}))[-1]
-    with pytest.raises(ConfigError, match="which predicts a text's next token, got 'encoder'"):
-        reading(evaluation_config(encoder))

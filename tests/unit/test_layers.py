@@ -10,13 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from nlm.batch import Batch
+from nlm import load_checkpoint
+from nlm.batch import KEPT, Batch
 from nlm.build import build_model
 from nlm.checkpoint import checkpoints
 from nlm.cli import main
 from nlm.config import Config
+from nlm.data.masked import stand_ins
+from nlm.evaluate.corpus import Corpus
+from nlm.evaluate.depth_report import _batch
 from nlm.evaluate.layers import centred_products, depth, similarity
 from nlm.model import Transformer, weights
+from nlm.random import row_keys
 from nlm.schemes import SCHEMES
 from nlm.train import train
 
@@ -161,3 +166,37 @@ def test_the_verb(
     (tmp_path / "short.txt").write_text("Exeunt.")
     assert main(["layers", str(checkpoint), "--data", str(tmp_path / "short.txt")]) == 2
     assert "no document has 33 tokens" in capsys.readouterr().err
+
+
+def test_an_encoder_is_asked_for_what_is_hidden(
+    run_config: Callable[..., Config], shard: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, encoder = {"train": shard, "validation": shard}, {"architecture": "encoder", "vocab_size": 258}
+    checkpoint = checkpoints(train(run_config("run", encoder, data=data, train={"steps": 2})))[-1]
+    model, config = load_checkpoint(checkpoint)
+    batch = _batch(Corpus([shard], config), config, 32, 5)
+    assert 0.05 < float(batch.n_targets()) / 160 < 0.3 and (batch.inputs == 257).any()
+    assert main(["layers", str(checkpoint), "--tokens", "160", "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["tokens"] == int(batch.n_targets())
+    assert found["loss"] == pytest.approx(loss_of(model.eval(), batch), rel=1e-5)
+    assert len(set(found["lens"])) == N_LAYERS + 1
+    (tmp_path / "short.txt").write_text("Exeunt. " * 3)
+    assert main(["layers", str(checkpoint), "--data", str(tmp_path / "short.txt")]) == 2
+    assert "no document has 32 tokens" in capsys.readouterr().err
+    (tmp_path / "enough.txt").write_text("Exeunt.")
+    how = ["--data", str(tmp_path / "enough.txt"), "--window", "4", "--tokens", "4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nlm.evaluate.masked.SEED", hides_nothing(config, 4))
+        assert main(["layers", str(checkpoint), *how]) == 2
+    assert "--tokens: none of the 4 is masked; give more" in capsys.readouterr().err
+
+
+def hides_nothing(config: Config, window: int) -> int:
+    """A seed by which the first window has no token to find."""
+    row = torch.zeros(1, window + 1, dtype=torch.int64)
+    for seed in range(100):
+        read = stand_ins(row, row_keys(seed, torch.tensor([0])), config.model.vocab_size, config.train.masked_share)
+        if (read[0, :window] == KEPT).all():
+            return seed
+    raise AssertionError("each of 100 seeds hides some")
