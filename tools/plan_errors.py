@@ -73,6 +73,8 @@ def named(scheme: str, **model: Any) -> Table:
     return {"scheme": {"name": scheme}, **model}
 
 
+TWO_STACKS: Table = {"architecture": "encoder_decoder", "n_encoder_layers": 6, "n_layers": 6}
+SOURCES: Table = {"source_len": 96}
 ROWS = {
     "plain": Row("12 layers"),
     "shallow": Row("4 layers, dim 256, vocabulary of 4,096", {"n_layers": 4, "dim": 256, "vocab_size": 4096}),
@@ -98,6 +100,13 @@ ROWS = {
     "encoder": Row(
         "encoder, PowerNorm, AdamP", {"architecture": "encoder", "norm": "powernorm"}, optim={"name": "adamp"}
     ),
+    "two stacks": Row("6 encoder layers, 6 decoder layers", TWO_STACKS, SOURCES),
+    "two stacks sqrt": Row(
+        "20 encoder layers, 40 decoder layers, dim 64, recompute by sqrt",
+        TWO_STACKS | {"n_layers": 40, "n_encoder_layers": 20, "dim": 64},
+        SOURCES,
+        {"recompute": "sqrt"},
+    ),
     "tp": Row("2 ranks: tp", parallel={"tp": 2}),
     "tp+sp": Row("2 ranks: tp, sequence parallel", parallel={"tp": 2, "sequence_parallel": True}),
     "ddp": Row("2 ranks: dp_replicate", parallel={"dp_replicate": 2}),
@@ -116,6 +125,16 @@ ROWS = {
     "dualpipev": Row("2 ranks: pp, DualPipeV", parallel={"pp": 2, "schedule": "dualpipev", "microbatches": 4}),
     "fsdp pp": Row("4 ranks: dp_shard and pp", parallel={"dp_shard": 2, "pp": 2, "microbatches": 4}),
     "fsdp tp": Row("4 ranks: dp_shard and tp", parallel={"dp_shard": 2, "tp": 2}),
+    "two stacks tp": Row("2 ranks: tp, 6 and 6 layers", TWO_STACKS, SOURCES, {"tp": 2}),
+    "two stacks fsdp": Row(
+        "2 ranks: dp_shard, 6 and 6 layers, 4 blocks a unit, recompute",
+        TWO_STACKS,
+        SOURCES,
+        {"dp_shard": 2, "blocks_per_unit": 4, "recompute": "block"},
+    ),
+    "two stacks pp": Row(
+        "2 ranks: pp, 6 and 6 layers, 4 microbatches", TWO_STACKS, SOURCES, {"pp": 2, "microbatches": 4}
+    ),
 }
 
 

@@ -20,11 +20,14 @@ class Shape(NamedTuple):
 
 
 def shapes(config: Config) -> list[Shape]:
-    """All are of one shape, but for batches of pairs. Of these, rows are the longest that can come or, where sources
-    and targets differ in that, as many as can come with both sides full."""
+    """All are of one shape, but for batches of pairs, of which either the rows are the longest or there are as many as
+    both sides can fill: between the two, what is taken by tokens and by pairs of tokens is a convex function of the
+    length, so that one of them takes most."""
     lengths = (config.train.seq_len, config.source_len) if config.model.reads_source else (config.train.seq_len,)
     if not isinstance(config.data.train, TranslationConfig):
         return [Shape(config.batch_rows // multiple(config), *lengths)]
-    widths = lengths, (min(lengths), min(lengths))
-    found = (Shape(-(-(config.train.batch_tokens // max(sides)) // multiple(config)), *sides) for sides in widths)
+    found = []
+    for sides in (lengths, (min(lengths), min(lengths))):
+        rows = max(1, config.train.batch_tokens // max(sides))
+        found.append(Shape(-(-rows // multiple(config)), *sides))
     return list(dict.fromkeys(found))
