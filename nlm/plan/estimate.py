@@ -7,6 +7,7 @@ parallelism run beside the computation and count where they take longer than it.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 from nlm.config import Config, ParallelConfig
@@ -66,7 +67,7 @@ def estimate(config: Config, costs: Costs, machine: Machine, flops_a_token: floa
     whole = sum(stage.whole for stage in stages_on(config, costs, 0).values())
     moved = costs.parameters.update("moved", whole) / parallel.dp_shard
     if parallel.recompute == "offload":  # there and back, while nothing else is done
-        runs = [run for stage in stages_on(config, costs, 0).values() for runs in stage.runs for run in runs]
+        runs = [run for stage in stages_on(config, costs, 0).values() for run in chain(*stage.runs)]
         away = 2 * parallel.microbatches * sum(run.stream * run.places.total() for run in runs)
         communication_s += away / machine.host_bandwidth / machine.efficiency
     update_s = kernels_s(machine, Rise(0, 0, 0, 0, moved, 0, 0), 1)
@@ -119,16 +120,16 @@ def _works(config: Config, costs: Costs) -> dict[tuple[str, int], Rise]:
     found = {}
     for rank in range(config.parallel.pp):
         for s, stage in stages_on(config, costs, rank).items():
-            found["F", s] = _sum((n, costs.trace.first.forward[place]) for place, n in stage.all.items())
-            backward = _sum((n, costs.trace.later.backward[place]) for place, n in stage.all.items())
-            for run in (run for runs in stage.runs for run in runs):  # once it is computed again in the trace
-                once_more = max(0.0, times_again(config.parallel.recompute, run.n_blocks) - 1)
-                again = ((once_more * n, costs.trace.first.forward[place]) for place, n in run.places.items())
-                backward = _sum([(1, backward), *again])
-            found["B", s] = backward
+            forward, backward = costs.trace.first.forward, costs.trace.later.backward
+            found["F", s] = _sum((n, forward[place]) for place, n in stage.all.items())
+            works = [(float(n), backward[place]) for place, n in stage.all.items()]
+            for run in chain(*stage.runs):
+                once_more = max(0.0, times_again(config.parallel.recompute, run.n_blocks) - 1)  # than in the trace
+                works += [(once_more * n, forward[place]) for place, n in run.places.items()]
+            found["B", s] = inputs = _sum(works)
             if costs.deferred:
-                found["I", s], found["W", s] = backward, (weights := _weight_gradients(stage))
-                found["B", s] = _sum([(1, backward), (1, weights)])
+                found["I", s], found["W", s] = inputs, (weights := _weight_gradients(stage))
+                found["B", s] = _sum([(1, inputs), (1, weights)])
     return found
 
 

@@ -160,6 +160,8 @@ class Stage:
         self.all = sum(self.units, self.root)
         self.splits, self.joins = border > 0 and not part.first, border > 0 and not part.last
         """Whether the two streams come as one tensor, and go as one."""
+        self.reads, self.n_layers = border > 0 and len(self.stacks[1]) > 0, len(costs.trace.layers.kinds)
+        """Whether layers here read what an encoder leaves; the layers of the model."""
         self.whole, self.shards = self.bytes(self.all), self.bytes(self.all, self.ranks)
 
     def _holds(self, places: Sequence[Place]) -> "Counter[Place]":
@@ -216,9 +218,10 @@ class Stage:
         if self.part.last:
             found += rise(passed["head"], "logits")
         if self.joins:  # into one; of the two, a decoder's layers keep what they read of the encoder
-            (source, target), reads = self.streams, len(self.stacks[1]) > 0
+            source, target = self.streams
             found += Step(activations=source + target)
-            found += Step(activations=-target * (reads or copies or self.part.first) - source * (not reads))
+            own = self.reads or copies or self.part.first  # and no part of what has come in
+            found += Step(activations=-target * own - source * (not self.reads))
         found += Step(activations=-sum(n * self.costs.trace.passing.get(place, 0) for place, n in self.all.items()))
         found += Step(buffers=-before) if gathers else Segment()
         return found + (Step(gathered=-root) if self.reshards else Segment())
@@ -247,7 +250,7 @@ class Stage:
 
         if self.part.last:
             found += made("head")
-        elif self.stacks[1] and self.joins:  # the gradient of what is read of the encoder, which the last layer makes
+        if self.reads and self.stacks[1].stop < self.n_layers:  # the gradient of what is read, as by the last layer
             found += Step(activations=self.streams[0] * (parallel.tp if parallel.sequence_parallel else 1))
         for i in reversed(range(len(self.units))):
             if self.reshards:  # while this unit computes, the next comes into a flat buffer

@@ -30,7 +30,7 @@ from nlm.parallel.compile import compile_model
 from nlm.parallel.pipeline import split
 from nlm.parallel.recompute import recompute
 from nlm.plan.flops import flops_per_token
-from nlm.plan.plan import parameters_by_role
+from nlm.plan.plan import parameters_by_role, plan
 from nlm.signals import Signals
 from nlm.statistics.forward import ForwardStatistics
 from nlm.statistics.record import LayerStatistics
@@ -42,6 +42,7 @@ N, M, S, T = 2, 3, 12, 7
 """Layers of the encoder and of the decoder; lengths of targets and of sources."""
 FIELDS = {"ngpt": {"alpha": 0.05}, "layerscale": {"gamma": 0.1}}
 LACKING = {"brainformer", "branch_scaled", "layernorm_scaling"}
+AUTO = {"recompute": "auto", "memory_gib": 1.0}
 DEFINED = [name for name in SCHEMES if name not in LACKING]
 
 
@@ -419,7 +420,7 @@ def test_stages_are_of_like_cost(two_stacks: MakeConfig) -> None:
 
 
 def test_parameters_and_flops(two_stacks: MakeConfig) -> None:
-    config = two_stacks("normformer", {"n_layers": 7, "n_encoder_layers": 5})
+    config = two_stacks("normformer", {"n_layers": 7, "n_encoder_layers": 5}, parallel=AUTO)
     by_role: dict[Role, int] = {}
     for _, parameter, weight in weights(design(config)):
         by_role[weight.role] = by_role.get(weight.role, 0) + parameter.numel()
@@ -430,6 +431,9 @@ def test_parameters_and_flops(two_stacks: MakeConfig) -> None:
     decoder = S * (4 * square + 2 * kv + ffn) + T * 2 * kv + 2 * S * (S + T) * c.dim
     row = 6 * (5 * encoder + 7 * decoder + S * c.dim * c.vocab_size)
     assert flops_per_token(config) == pytest.approx(row / S)
+    found = plan(config)
+    assert found.config.parallel.recompute == "none" and found.parameters == by_role
+    assert found.flops < found.hardware_flops < 1.1 * found.flops, "scores of fused attention are computed again"
 
 
 @pytest.mark.parametrize("scheme", ["deepnorm", "rezero"])
