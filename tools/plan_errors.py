@@ -101,12 +101,6 @@ ROWS = {
         "encoder, PowerNorm, AdamP", {"architecture": "encoder", "norm": "powernorm"}, optim={"name": "adamp"}
     ),
     "two stacks": Row("6 encoder layers, 6 decoder layers", TWO_STACKS, SOURCES),
-    "two stacks sqrt": Row(
-        "20 encoder layers, 40 decoder layers, dim 64, recompute by sqrt",
-        TWO_STACKS | {"n_layers": 40, "n_encoder_layers": 20, "dim": 64},
-        SOURCES,
-        {"recompute": "sqrt"},
-    ),
     "tp": Row("2 ranks: tp", parallel={"tp": 2}),
     "tp+sp": Row("2 ranks: tp, sequence parallel", parallel={"tp": 2, "sequence_parallel": True}),
     "ddp": Row("2 ranks: dp_replicate", parallel={"dp_replicate": 2}),
