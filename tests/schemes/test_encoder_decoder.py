@@ -433,7 +433,7 @@ def test_parameters_and_flops(two_stacks: MakeConfig) -> None:
     assert flops_per_token(config) == pytest.approx(row / S)
     found = plan(config)
     assert found.config.parallel.recompute == "none" and found.parameters == by_role
-    assert found.flops < found.hardware_flops < 1.1 * found.flops, "scores of fused attention are computed again"
+    assert 1 <= round(found.hardware_flops / found.flops, 9) < 1.1, "but for scores of fused attention"
 
 
 @pytest.mark.parametrize("scheme", ["deepnorm", "rezero"])

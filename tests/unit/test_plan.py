@@ -207,10 +207,8 @@ def test_a_layer_is_planned_as_it_is_traced(make_config: MakeConfig) -> None:
 
     From 9 and 7 layers to 18 and 14, what is planned grows by what those layers are that are neither first nor last.
     """
-    two = {"architecture": "encoder_decoder"}
-    few, more = (
-        make_config(two | {"n_encoder_layers": 9 * n, "n_layers": 7 * n}, train={"source_len": 8}) for n in (1, 2)
-    )
+    two, train = {"architecture": "encoder_decoder"}, {"source_len": 8, "batch_tokens": 12 * 32}
+    few, more = (make_config(two | {"n_encoder_layers": 9 * n, "n_layers": 7 * n}, train=train) for n in (1, 2))
     layers = Layers(few)
     shapes_of = [Counter((w.role, w.shape) for _, _, w in weights(block)) for block in design(few).layers.values()]
     assert list(layers.traced) == [7, 8, 9, 10, 11]
