@@ -187,11 +187,10 @@ def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str,
     return model
 
 
-def loss_rows(config: Config, rows: int | None = None) -> int:
-    """Of how many positions of a microbatch of `rows` there are logits at a time, the config's by default."""
+def loss_rows(config: Config, tokens: int | None = None) -> int:
+    """Of how many positions of a microbatch of `tokens` there are logits at a time, the config's by default."""
     parallel, model = config.parallel, config.model
-    rows = rows or config.batch_rows // parallel.data_ranks // parallel.microbatches
-    tokens = rows * config.train.seq_len
+    tokens = tokens or config.train.batch_tokens // parallel.data_ranks // parallel.microbatches
     if whole_logits(parallel):
         return tokens
     return parallel.loss_rows or default_rows(tokens, model.dim, model.vocab_size // parallel.tp)

@@ -31,8 +31,6 @@ def _auto(config: Config) -> Iterator[str]:
         yield f"parallel.memory_gib: is for parallel.recompute = 'auto', got {parallel.recompute!r}; remove it"
     if is_auto and parallel.engine == "deepspeed":
         yield "parallel.recompute: of DeepSpeed no memory is planned that 'auto' could go by; set another"
-    if is_auto and config.model.reads_source:
-        yield "parallel.recompute: of two stacks no memory is planned that 'auto' could go by; set another"
 
 
 def whole_logits(parallel: ParallelConfig) -> bool:

@@ -13,7 +13,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from nlm import build_model
+from nlm.batch import Batch
 from nlm.build import build_engine, parse_config
 from nlm.config import Config
 from nlm.data.rank import batch_of
@@ -72,6 +73,8 @@ def named(scheme: str, **model: Any) -> Table:
     return {"scheme": {"name": scheme}, **model}
 
 
+TWO_STACKS: Table = {"architecture": "encoder_decoder", "n_encoder_layers": 6, "n_layers": 6}
+SOURCES: Table = {"source_len": 96}
 ROWS = {
     "plain": Row("12 layers"),
     "shallow": Row("4 layers, dim 256, vocabulary of 4,096", {"n_layers": 4, "dim": 256, "vocab_size": 4096}),
@@ -97,6 +100,7 @@ ROWS = {
     "encoder": Row(
         "encoder, PowerNorm, AdamP", {"architecture": "encoder", "norm": "powernorm"}, optim={"name": "adamp"}
     ),
+    "two stacks": Row("6 encoder layers, 6 decoder layers", TWO_STACKS, SOURCES),
     "tp": Row("2 ranks: tp", parallel={"tp": 2}),
     "tp+sp": Row("2 ranks: tp, sequence parallel", parallel={"tp": 2, "sequence_parallel": True}),
     "ddp": Row("2 ranks: dp_replicate", parallel={"dp_replicate": 2}),
@@ -115,6 +119,16 @@ ROWS = {
     "dualpipev": Row("2 ranks: pp, DualPipeV", parallel={"pp": 2, "schedule": "dualpipev", "microbatches": 4}),
     "fsdp pp": Row("4 ranks: dp_shard and pp", parallel={"dp_shard": 2, "pp": 2, "microbatches": 4}),
     "fsdp tp": Row("4 ranks: dp_shard and tp", parallel={"dp_shard": 2, "tp": 2}),
+    "two stacks tp": Row("2 ranks: tp, 6 and 6 layers", TWO_STACKS, SOURCES, {"tp": 2}),
+    "two stacks fsdp": Row(
+        "2 ranks: dp_shard, 6 and 6 layers, 4 blocks a unit, recompute",
+        TWO_STACKS,
+        SOURCES,
+        {"dp_shard": 2, "blocks_per_unit": 4, "recompute": "block"},
+    ),
+    "two stacks pp": Row(
+        "2 ranks: pp, 6 and 6 layers, 4 microbatches", TWO_STACKS, SOURCES, {"pp": 2, "microbatches": 4}
+    ),
 }
 
 
@@ -164,20 +178,27 @@ def peak_bytes(config: Config, mesh: Mesh) -> int:
 
 def _steps(config: Config, mesh: Mesh) -> None:
     """What training does in a step that is logged, but for writing; memory does not depend on the tokens."""
-    engine, rows = build_engine(config, mesh), config.batch_rows // mesh.data_size
+    engine = build_engine(config, mesh)
     for _ in range(2):
-        tokens = torch.zeros(2, rows, config.train.seq_len + 1, dtype=torch.int64, device=mesh.device)
-        engine.forward_backward(batch_of(config, tokens, 0))
+        engine.forward_backward(_batch(config, config.batch_rows // mesh.data_size).to(mesh.device))
         engine.clip()
         before = [tensor.clone() for tensor in engine.pieces.tensors] if config.statistics.enabled else []
         engine.update(1e-3, torch.zeros((), dtype=torch.bool, device=mesh.device))
         del before
 
 
+def _batch(config: Config, rows: int) -> Batch:
+    batch = batch_of(config, torch.zeros(2, rows, config.train.seq_len + 1, dtype=torch.int64), 0)
+    if not config.model.reads_source:
+        return batch
+    source = torch.zeros(rows, config.source_len, dtype=torch.int64)
+    return replace(batch, source=source, padding=config.model.padding)
+
+
 def measured_flops(config: Config) -> float:
     """A token, of a whole model in one process, without fused attention, in which some scores are computed twice."""
     model, rows = build_model(config), config.batch_rows // config.parallel.data_ranks // config.parallel.microbatches
-    batch = batch_of(config, torch.zeros(2, rows, config.train.seq_len + 1, dtype=torch.int64), 0)
+    batch = _batch(config, rows)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*batch.arguments()).backward()
     return counter.get_total_flops() / (rows * config.train.seq_len)

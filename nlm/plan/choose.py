@@ -1,11 +1,9 @@
 """Which recomputation `recompute = "auto"` is: the cheapest of those that are expected to fit."""
 
-import numpy as np
 import torch
 
 from nlm.config import Config
-from nlm.plan.layouts import FREE_SHARE, RECOMPUTE, Tracer
-from nlm.plan.memory import rank_memory
+from nlm.plan.layouts import FREE_SHARE, RECOMPUTE, Tracer, fullest
 
 
 def settled(config: Config, device: torch.device) -> Config:
@@ -32,8 +30,7 @@ def chosen(config: Config, gib: float, offloads: bool = True) -> Config:
     for mode in RECOMPUTE if offloads else [mode for mode in RECOMPUTE if mode != "offload"]:
         parallel = config.parallel.model_copy(update={"recompute": mode, "memory_gib": None})
         other = config.model_copy(update={"parallel": parallel})
-        costs = tracer.costs(other)
-        needed = max(float(np.sum(rank_memory(other, costs, rank))) for rank in range(parallel.pp)) / 2**30
+        needed = float(fullest(other, tracer.costs(other)).sum()) / 2**30
         if needed <= gib:
             return other
         needs.append(f"{needed:.2f} under {mode!r}")

@@ -5,7 +5,9 @@ less than the host needs to start it. Collectives of tensor parallelism are wait
 parallelism run beside the computation and count where they take longer than it. Latencies do not count.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 from nlm.config import Config, ParallelConfig
@@ -14,20 +16,22 @@ from nlm.parallel.pipeline import stages_of
 from nlm.parallel.recompute import times_again
 from nlm.parallel.shard import reshards
 from nlm.plan.gpus import Machine
-from nlm.plan.memory import Costs, Stage, rows, stages_on, stream_bytes
+from nlm.plan.memory import Costs, Stage, stages_on
 from nlm.plan.schedule import makespan, orders
 from nlm.plan.trace import Rise
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a step, in seconds: all of it, the pipeline's computation with what it waits for, and what comes on top."""
+    """Of a step, in seconds: all of it, the pipeline's computation with what it waits for, and what comes on top; and
+    how many tokens are learned from in a second."""
 
     step_s: float
     pipeline_s: float
     communication_s: float
     update_s: float
     mfu: float
+    tokens_s: float
 
 
 def kernels_s(machine: Machine, rise: Rise, tp: int) -> float:
@@ -63,13 +67,14 @@ def estimate(config: Config, costs: Costs, machine: Machine, flops_a_token: floa
     whole = sum(stage.whole for stage in stages_on(config, costs, 0).values())
     moved = costs.parameters.update("moved", whole) / parallel.dp_shard
     if parallel.recompute == "offload":  # there and back, while nothing else is done
-        stack = sum(len(stage.part.layers) for stage in stages_on(config, costs, 0).values())
-        away = 2 * parallel.microbatches * stack * stream_bytes(config)
+        runs = [run for stage in stages_on(config, costs, 0).values() for run in chain(*stage.runs)]
+        away = 2 * parallel.microbatches * sum(run.stream * run.places.total() for run in runs)
         communication_s += away / machine.host_bandwidth / machine.efficiency
     update_s = kernels_s(machine, Rise(0, 0, 0, 0, moved, 0, 0), 1)
     step_s = pipeline_s + communication_s + update_s
-    mfu = flops_a_token * config.train.batch_tokens / parallel.ranks / step_s / machine.peak_flops
-    return Estimate(step_s, pipeline_s, communication_s, update_s, mfu)
+    tokens_s = costs.shape.tokens * parallel.microbatches * parallel.data_ranks / step_s
+    mfu = flops_a_token * tokens_s / parallel.ranks / machine.peak_flops
+    return Estimate(step_s, pipeline_s, communication_s, update_s, mfu, tokens_s)
 
 
 def bubble(config: Config, costs: Costs) -> float:
@@ -84,7 +89,7 @@ def hardware_flops(config: Config, costs: Costs) -> float:
     """A token, of all ranks together, what is computed again included."""
     works, parallel = _works(config, costs), config.parallel
     once = sum(rise.flops for (kind, _), rise in works.items() if kind in ("F", "B"))
-    return once * parallel.tp / (rows(config) * config.train.seq_len)
+    return once * parallel.tp / costs.shape.tokens
 
 
 def traffic(config: Config, costs: Costs) -> dict[MeshAxis, float]:
@@ -97,7 +102,7 @@ def traffic(config: Config, costs: Costs) -> dict[MeshAxis, float]:
     if parallel.pp > 1:
         order, last = _stage_ranks(parallel), parallel.n_stages - 1
         ahead = sum(s < last and order[s + 1] != 0 for s in stages) + sum(s > 0 and order[s - 1] != 0 for s in stages)
-        sent["pp"] = parallel.microbatches * ahead * stream_bytes(config)
+        sent["pp"] = parallel.microbatches * ahead * sum(stages[0].streams)
     shards, copies = parallel.dp_shard, parallel.dp_replicate
     if shards > 1:  # gathered in each forward and, where dropped, each backward; in a pipeline, once; reduced once
         gathers = parallel.microbatches * (2 if reshards(parallel) else 1) if parallel.pp == 1 else 1
@@ -115,25 +120,32 @@ def _works(config: Config, costs: Costs) -> dict[tuple[str, int], Rise]:
     found = {}
     for rank in range(config.parallel.pp):
         for s, stage in stages_on(config, costs, rank).items():
-            places = list(stage.all.items())
-            forward, backward = (
-                Rise(*(sum(n * getattr(passed[place], name) for place, n in places) for name in Rise._fields))
-                for passed in (costs.trace.first.forward, costs.trace.later.backward)
-            )
-            found["F", s] = forward
-            once_more = times_again(config.parallel.recompute, len(stage.part.layers)) - 1
-            if once_more > 0:
-                backward = Rise(*(b + once_more * f for f, b in zip(forward, backward, strict=True)))
-            found["B", s] = backward
+            forward, backward = costs.trace.first.forward, costs.trace.later.backward
+            found["F", s] = _sum((n, forward[place]) for place, n in stage.all.items())
+            works = [(float(n), backward[place]) for place, n in stage.all.items()]
+            for run in chain(*stage.runs):
+                once_more = max(0.0, times_again(config.parallel.recompute, run.n_blocks) - 1)  # than in the trace
+                works += [(once_more * n, forward[place]) for place, n in run.places.items()]
+            found["B", s] = inputs = _sum(works)
             if costs.deferred:
-                found["I", s], found["W", s] = backward, (weights := _weight_gradients(config, stage))
-                found["B", s] = Rise(*map(sum, zip(backward, weights, strict=True)))
+                found["I", s], found["W", s] = inputs, (weights := _weight_gradients(stage))
+                found["B", s] = _sum([(1, inputs), (1, weights)])
     return found
 
 
-def _weight_gradients(config: Config, stage: Stage) -> Rise:
-    """The products that have been put off: one for each matrix but the embedding, which is no product."""
-    held = [(n, of) for place, n in stage.all.items() if place != "embed" for of in stage.tensors(place)]
-    matrices = [(n, shape) for n, of in held for shape in of.shapes if len(shape) == 2]
-    products = 2 * rows(config) * config.train.seq_len * sum(n * prod(shape) for n, shape in matrices)
-    return Rise(0, 0, products, 0, 0, sum(n for n, _ in matrices), 0)
+def _sum(parts: Iterable[tuple[float, Rise]]) -> Rise:
+    """Each so many times."""
+    return Rise(*(sum(column) for column in zip(*([n * x for x in of] for n, of in parts), strict=True)))
+
+
+def _weight_gradients(stage: Stage) -> Rise:
+    """The products that have been put off: one for each matrix but the embedding, which is no product. Those of
+    cross-attention that read an encoder's positions are counted as if they read the decoder's."""
+    shape, border = stage.costs.shape, stage.costs.trace.layers.n_encoder
+    flops = kernels = 0
+    for place, n in stage.all.items():
+        positions = shape.source if isinstance(place, int) and place < border else shape.target
+        matrices = [m for of in stage.tensors(place) for m in of.shapes if len(m) == 2 and place != "embed"]
+        flops += 2 * shape.rows * positions * n * sum(map(prod, matrices))
+        kernels += n * len(matrices)
+    return Rise(0, 0, flops, 0, 0, kernels, 0)

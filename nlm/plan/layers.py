@@ -12,20 +12,35 @@ ENDS = Part(range(0), first=True, last=True)
 
 
 class Layers:
-    """The layers of a model by `kinds`: the number of the first that is built as each layer is, [L].
+    """The layers of a model by `kinds`: the number of the first that is built as each layer is, [L]; of these the first
+    `n_encoder` are of an encoder with a decoder.
 
-    The first `traced` have all kinds, twice as far as there are so many: the first of a kind may do what the others
-    then find done.
+    `traced`, a decoder's first and its encoder's last, have all kinds, twice as far as there are so many: the first of
+    a kind may do what the others then find done. Where a decoder reads an encoder, the last traced stands for the last
+    only, whose backward makes the gradient of what all of them read.
     """
 
     def __init__(self, config: Config) -> None:
         self.kinds = kinds(config)
-        self.traced = min(len(self.kinds), 2 * (max(self.kinds) + 1))
-        self._latest = {kind: layer for layer, kind in enumerate(self.kinds[: self.traced])}
+        self.n_encoder = n = config.model.n_encoder_layers or 0
+        encoder, decoder = self.kinds[:n], self.kinds[n:]
+        stop = _enough(decoder)
+        if n and stop < len(decoder):
+            stop = decoder.index(decoder[-1], stop) + 1
+        self.traced = range(n - _enough(encoder[::-1]), n + stop)
+        self._own = self.traced[:-1] if n else self.traced
+        self._latest = {self.kinds[layer]: layer for layer in self._own}
 
     def like(self, layer: int) -> int:
         """The traced layer that tells what a layer costs."""
-        return layer if layer < self.traced else self._latest[self.kinds[layer]]
+        if self.n_encoder and layer == len(self.kinds) - 1:
+            return self.traced[-1]
+        return layer if layer in self._own else self._latest[self.kinds[layer]]
+
+
+def _enough(kinds: list[int]) -> int:
+    """How many of the first layers have all kinds, and twice as many."""
+    return min(len(kinds), 2 * (1 + max(map(kinds.index, kinds)))) if kinds else 0
 
 
 def kinds(config: Config) -> list[int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -11,7 +12,8 @@ from nlm.config import Config, ConfigError, ParallelConfig
 from nlm.plan.estimate import Estimate, estimate
 from nlm.plan.flops import flops_per_token
 from nlm.plan.gpus import Machine
-from nlm.plan.memory import Costs, Parameters, costs_of, defers, rank_memory, rows
+from nlm.plan.memory import Costs, Parameters, costs_of, defers, rank_memory
+from nlm.plan.shapes import Shape, shapes
 from nlm.plan.trace import Trace, between, trace
 
 FREE_SHARE = 0.1
@@ -23,7 +25,7 @@ RECOMPUTE = tuple(m for m in get_args(ParallelConfig.model_fields["recompute"].a
 
 @dataclass(frozen=True)
 class Layout:
-    """`memory` [KINDS] is in bytes, of the pipeline rank that needs most."""
+    """`memory` [KINDS] is in bytes, of the pipeline rank that needs most; the `estimate` is of the longest rows."""
 
     config: Config
     memory: np.ndarray
@@ -57,24 +59,31 @@ class Tracer:
         self._parameters = {_tensor_parallel(config): self.own}
         self._traces: dict[tuple[Any, ...], Trace] = {}
 
-    def costs(self, config: Config, most: int | None = None) -> Costs:
-        """With `most`, between what one row a microbatch costs and what so many rows do."""
-        n, key = rows(config), _tensor_parallel(config)
-
-        def traced(mode: str) -> Trace:
-            if most is None or n in (1, most):
-                return self._trace(config, n, mode)
-            return between(self._trace(config, 1, mode), self._trace(config, most, mode), (n - 1) / (most - 1))
-
-        if key not in self._parameters:
+    def costs(self, config: Config, most: int | None = None) -> list[Costs]:
+        """By shape. With `most`, between what one row a microbatch costs and what so many rows do."""
+        if (key := _tensor_parallel(config)) not in self._parameters:
             self._parameters[key] = Parameters(config, self.own.updates)
-        return costs_of(config, self._parameters[key], traced)
+        parameters = self._parameters[key]
 
-    def _trace(self, config: Config, n: int, mode: str) -> Trace:
-        key = (n, *_tensor_parallel(config), mode, defers(config))
+        def traced(shape: Shape, mode: str) -> Trace:
+            if most is None or shape.rows in (1, most):
+                return self._trace(config, shape, mode)
+            few, many = (self._trace(config, shape._replace(rows=n), mode) for n in (1, most))
+            return between(few, many, (shape.rows - 1) / (most - 1))
+
+        return [costs_of(config, shape, parameters, partial(traced, shape)) for shape in shapes(config)]
+
+    def _trace(self, config: Config, shape: Shape, mode: str) -> Trace:
+        key = (*shape, *_tensor_parallel(config), mode, defers(config))
         if key not in self._traces:
-            self._traces[key] = trace(config, n, mode, defers(config))
+            self._traces[key] = trace(config, shape, mode, defers(config))
         return self._traces[key]
+
+
+def fullest(config: Config, costs: Iterable[Costs]) -> np.ndarray:
+    """[KINDS]: bytes, of the shape and the pipeline rank that need most."""
+    found = (rank_memory(config, of, rank) for of in costs for rank in range(config.parallel.pp))
+    return max(found, key=np.sum)
 
 
 def _tensor_parallel(config: Config) -> tuple[int, bool]:
@@ -85,12 +94,11 @@ def layouts(config: Config, machine: Machine, gpus: int, tracer: Tracer) -> list
     """For each way to arrange the GPUs, the fastest layout that fits, or the smallest; the best first."""
     candidates = list(_candidates(config, gpus, machine.gpus_per_node))
     flops = flops_per_token(config)
-    most = max((rows(candidate) for candidate in candidates), default=1)
+    most = max((shape.rows for candidate in candidates for shape in shapes(candidate)), default=1)
     best: dict[tuple[int, ...], Layout] = {}
     for candidate in candidates:
         costs, parallel = tracer.costs(candidate, most), candidate.parallel
-        memories = (rank_memory(candidate, costs, rank) for rank in range(parallel.pp))
-        found = Layout(candidate, max(memories, key=np.sum), estimate(candidate, costs, machine, flops))
+        found = Layout(candidate, fullest(candidate, costs), estimate(candidate, costs[0], machine, flops))
         key = (parallel.dp_replicate, parallel.dp_shard, parallel.tp, parallel.pp)
         if key not in best or _rank(found, machine) < _rank(best[key], machine):
             best[key] = found
@@ -125,7 +133,8 @@ def _parallel(config: Config, gpus: int, node: int) -> Iterator[dict[str, Any]]:
             data = gpus // tp // pp
             if config.batch_rows % data:
                 continue
-            sequence = tp > 1 and config.train.seq_len % tp == 0
+            lengths = config.train.seq_len, config.train.source_len or tp
+            sequence = tp > 1 and not any(length % tp for length in lengths)
             schedules = {"1f1b", given.schedule} if pp > 1 else {"1f1b"}
             for microbatches in _microbatches(config.batch_rows // data):
                 for schedule in sorted(schedules):

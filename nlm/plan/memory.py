@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from torch import nn
@@ -18,7 +18,8 @@ from nlm.parallel.recompute import inputs_kept, segment_length
 from nlm.parallel.shard import blocks_per_unit, reshards
 from nlm.plan.layers import Layers
 from nlm.plan.schedule import Action, orders
-from nlm.plan.segment import Segment, bytes_of, joined
+from nlm.plan.segment import KINDS, Segment, bytes_of, joined
+from nlm.plan.shapes import Shape, shapes
 from nlm.plan.trace import Place, Rise, Trace, Update, part_of, trace, update_cost
 
 Step = Segment.step
@@ -58,11 +59,14 @@ class Parameters:
     def __init__(self, config: Config, updates: tuple[Update, Update] | None = None) -> None:
         layers = Layers(config).traced
         model = part_of(config, layers)
-        self.tensors: dict[Place, Tensors] = {l: Tensors.of(block) for l, block in enumerate(model.blocks.values())}
-        self.tensors["embed"] = Tensors.of(model.embed, model.token, model.position, model.rotary, model.stem)
+        stems = [module for stack in model.stacks for module in (stack.position, stack.rotary, stack.stem)]
+        self.tensors: dict[Place, Tensors] = {l: Tensors.of(block) for l, block in model.layers.items()}
+        self.tensors["embed"] = Tensors.of(model.embed, model.token, *stems)
+        self.tensors["memory"] = Tensors.of(model.encoder and model.encoder.final)
         self.tensors["head"] = Tensors.of(model.final, model.head, model.logits)
         self.tied = Tensors.of(model.embed) if config.model.tied else Tensors.of()
-        self.updates = updates or (update_cost(config, max(1, layers - 1)), update_cost(config, layers))
+        fewer = layers[:-1] if len(layers) > 1 else layers
+        self.updates = updates or (update_cost(config, fewer), update_cost(config, layers))
 
     def update(self, name: str, weights: float) -> float:
         """A number of Update for so many bytes of weights, on the line through the two that were traced."""
@@ -75,32 +79,33 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Costs:
-    """What layouts share that have the same tensor parallelism, rows a microbatch and recomputation.
+    """What layouts share that have the same tensor parallelism, shape of a microbatch and recomputation.
 
     Where blocks are computed again, `trace` is of them one by one, and `kept` of a segment of them, whose activations
     are there together.
     """
 
     parameters: Parameters
+    shape: Shape
     trace: Trace
     kept: Trace | None
     deferred: bool
 
 
 def costs_of(
-    config: Config, parameters: Parameters | None = None, traced: Callable[[str], Trace] | None = None
+    config: Config,
+    shape: Shape | None = None,
+    parameters: Parameters | None = None,
+    traced: Callable[[str], Trace] | None = None,
 ) -> Costs:
-    """`traced` has been traced before, where it is given, by mode of recomputation."""
+    """Of microbatches of a shape, by default the first of `shapes`. `traced` has been traced before, where it is given,
+    by mode of recomputation."""
     mode, deferred = config.parallel.recompute, defers(config)
-    traced = traced or (lambda mode: trace(config, rows(config), mode, deferred))
+    of_shape = shape or shapes(config)[0]
+    traced = traced or (lambda mode: trace(config, of_shape, mode, deferred))
     kept = traced("none") if mode == "sqrt" else None
     by_itself = mode if mode in ("none", "selective") else "block"
-    return Costs(parameters or Parameters(config), traced(by_itself), kept, deferred)
-
-
-def rows(config: Config) -> int:
-    """Of a microbatch on each data parallel rank."""
-    return config.batch_rows // config.parallel.data_ranks // config.parallel.microbatches
+    return Costs(parameters or Parameters(config), of_shape, traced(by_itself), kept, deferred)
 
 
 def defers(config: Config) -> bool:
@@ -108,11 +113,26 @@ def defers(config: Config) -> bool:
     return config.parallel.pp > 1 and config.parallel.schedule in V_SCHEDULES
 
 
-def stream_bytes(config: Config) -> int:
-    """Of the stream of a microbatch on its way to another rank of the pipeline."""
-    parallel, train = config.parallel, config.train
-    positions = train.seq_len // parallel.tp if parallel.sequence_parallel else train.seq_len
-    return rows(config) * positions * config.model.dim * (8 if train.precision == "fp64" else 4)
+def stream_bytes(config: Config, shape: Shape) -> tuple[int, int]:
+    """Of the source's stream and of the target's, which go together from rank to rank of a pipeline."""
+    parallel, size = config.parallel, 8 if config.train.precision == "fp64" else 4
+    ranks = parallel.tp if parallel.sequence_parallel else 1
+    source, target = (shape.rows * n // ranks * config.model.dim * size for n in (shape.source, shape.target))
+    return source, target
+
+
+class Run(NamedTuple):
+    """Some of `n_blocks` consecutive layers of a stack, which are computed again, if at all, before anything of them
+    goes; or what stands between two stacks.
+
+    `stream` is of one layer's input, of which the forward keeps the share `kept`; beside them the backward has `again`.
+    """
+
+    places: "Counter[Place]"
+    n_blocks: int = 0
+    stream: int = 0
+    kept: float = 1.0
+    again: int = 0
 
 
 class Stage:
@@ -128,15 +148,20 @@ class Stage:
         self.reshards = self.sharded and reshards(parallel)
         there: dict[Place, bool] = {"embed": part.first, "head": part.last}
         ends = [place for place, is_there in there.items() if is_there]
-        size = blocks_per_unit(parallel, len(part.layers)) if self.sharded else max(1, len(part.layers))
-        units = [part.layers[i : i + size] for i in range(0, len(part.layers), size)]
-        self.root, self.units = self._holds(ends), [self._holds(layers) for layers in units]
-        self.segments = [self._segments(layers) for layers in units]
-        self.stream = stream_bytes(config)
-        n_kept, self.inputs_again = inputs_kept(parallel.recompute, len(part.layers))
-        self.share = n_kept / max(1, len(part.layers))
-        """Of the layers' inputs, what the forward keeps."""
+        border, layers = costs.trace.layers.n_encoder, part.layers
+        self.streams = stream_bytes(config, costs.shape)
+        self.stacks = _both(layers, border)
+        if border in range(layers.start + 1, layers.stop + 1):
+            ends.append("memory")
+        size = blocks_per_unit(parallel, len(layers)) if self.sharded else max(1, len(layers))
+        units = [layers[i : i + size] for i in range(0, len(layers), size)]
+        self.root, self.units = self._holds(ends), [self._holds(unit) for unit in units]
+        self.runs = [self._runs(unit, border) for unit in units]
         self.all = sum(self.units, self.root)
+        self.splits, self.joins = border > 0 and not part.first, border > 0 and not part.last
+        """Whether the two streams come as one tensor, and go as one."""
+        self.reads, self.n_layers = border > 0 and len(self.stacks[1]) > 0, len(costs.trace.layers.kinds)
+        """Whether layers here read what an encoder leaves; the layers of the model."""
         self.whole, self.shards = self.bytes(self.all), self.bytes(self.all, self.ranks)
 
     def _holds(self, places: Sequence[Place]) -> "Counter[Place]":
@@ -144,10 +169,16 @@ class Stage:
         like = self.costs.trace.layers.like
         return Counter(like(place) if isinstance(place, int) else place for place in places)
 
-    def _segments(self, layers: range) -> list["Counter[Place]"]:
-        """Of a unit, what is computed again before anything of it goes."""
-        length = segment_length(len(self.part.layers)) if self.costs.kept else len(layers)
-        return [self._holds(layers[i : i + length]) for i in range(0, len(layers), length)]
+    def _runs(self, unit: range, border: int) -> list[Run]:
+        found = []
+        for here, stack, stream in zip(_both(unit, border), self.stacks, self.streams, strict=True):
+            kept, again = inputs_kept(self.config.parallel.recompute, len(stack))
+            length = segment_length(len(stack)) if self.costs.kept else max(1, len(here))
+            for i in range(0, len(here), length):
+                found.append(Run(self._holds(here[i : i + length]), len(stack), stream, kept / len(stack), again))
+            if border - 1 in here:
+                found.append(Run(Counter(["memory"])))
+        return found
 
     def tensors(self, place: Place) -> tuple[Tensors, ...]:
         parameters = self.costs.parameters
@@ -175,14 +206,22 @@ class Stage:
         found = gather(root)
         if self.part.first:
             found += rise(passed["embed"], "logits")
-        for unit in self.units:
+        copies = self.splits and self.costs.shape.rows > 1
+        found += Step(activations=sum(self.streams) if copies else 0)
+        for unit, runs in zip(self.units, self.runs, strict=True):
             size = self.gathered(unit)
             found += gather(size)
-            goes = Step(activations=-self.stream * (1 - self.share))
-            found += joined((rise(passed[place], "activations") + goes) * n for place, n in unit.items())
+            for run in runs:
+                goes = Step(activations=-run.stream * (1 - run.kept))
+                found += joined((rise(passed[place], "activations") + goes) * n for place, n in run.places.items())
             found += Step(gathered=-size) if self.reshards else Segment()
         if self.part.last:
             found += rise(passed["head"], "logits")
+        if self.joins:  # into one; of the two, a decoder's layers keep what they read of the encoder
+            source, target = self.streams
+            found += Step(activations=source + target)
+            own = self.reads or copies or self.part.first  # and no part of what has come in
+            found += Step(activations=-target * own - source * (not self.reads))
         found += Step(activations=-sum(n * self.costs.trace.passing.get(place, 0) for place, n in self.all.items()))
         found += Step(buffers=-before) if gathers else Segment()
         return found + (Step(gathered=-root) if self.reshards else Segment())
@@ -191,19 +230,19 @@ class Stage:
         """Of a microbatch. The `first` makes the gradients; the `last` has them reduced."""
         traces = (self.costs.trace, self.costs.kept or self.costs.trace)
         ends, layers = (of.first.backward if first else of.later.backward for of in traces)
-        root, pending, ahead = self.gathered(self.root), 0, 0
+        parallel, root, pending, ahead = self.config.parallel, self.gathered(self.root), 0, 0
         found = Step(buffers=root) + Step(gathered=root) + Step(buffers=-root) if self.reshards else Segment()
 
         def made(place: Place) -> Segment:
             size = self.bytes(Counter([place]))
             new = size if first and not self.costs.deferred else 0
-            is_layer = isinstance(place, int)
-            segment = rise(layers[place] if is_layer else ends[place], "activations" if is_layer else "logits", new)
+            of = layers[place] if isinstance(place, int) else ends[place]
+            segment = rise(of, "logits" if place in ("embed", "head") else "activations", new)
             return segment + Step(gradients=-size) if self.buckets and last else segment
 
         def end(unit: "Counter[Place]") -> Segment:
             nonlocal pending
-            segment = self.drop(unit) if last or self.config.parallel.pp == 1 else Segment()
+            segment = self.drop(unit) if last or parallel.pp == 1 else Segment()
             if self.sharded and last:
                 segment += self.reduce(unit, pending)
                 pending = self.gathered(unit)
@@ -211,28 +250,32 @@ class Stage:
 
         if self.part.last:
             found += made("head")
-        found += Step(activations=self.inputs_again * self.stream)
+        if self.reads and self.stacks[1].stop < self.n_layers:  # the gradient of what is read, as by the last layer
+            found += Step(activations=self.streams[0] * (parallel.tp if parallel.sequence_parallel else 1))
         for i in reversed(range(len(self.units))):
             if self.reshards:  # while this unit computes, the next comes into a flat buffer
                 here, ahead = ahead, self.gathered(self.units[i - 1]) if i else 0
                 size = self.gathered(self.units[i])
                 found += Step(gathered=size) + Step(buffers=-here) + Step(buffers=ahead)
-            for segment in reversed(self.segments[i]):
-                found += self.again(segment) + joined(made(place) * n for place, n in reversed(segment.items()))
-                ends_too = -self.share if self.costs.kept else 1 - self.share  # of its input, if the trace has kept it
-                found += Step(activations=ends_too * self.stream * segment.total())
+            for run in reversed(self.runs[i]):
+                found += Step(activations=run.again * run.stream) + self.again(run)
+                found += joined(made(place) * n for place, n in reversed(run.places.items()))
+                ends_too = -run.kept if self.costs.kept else 1 - run.kept  # of its input, if the trace has kept it
+                found += Step(activations=(ends_too * run.places.total() - run.again) * run.stream)
             found += end(self.units[i])
-        found += Step(activations=-self.inputs_again * self.stream)
         if self.part.first:
             found += made("embed")
+        if (self.splits or self.joins) and not self.costs.deferred:
+            left = dict(zip(KINDS, self.forward(False).net + found.net, strict=True))
+            found += Step(activations=-left["activations"], logits=-left["logits"])
         return found + end(self.root) + Step(buffers=-pending)
 
-    def again(self, segment: "Counter[Place]") -> Segment:
-        """What of a segment is computed again before its backward."""
-        if (kept := self.costs.kept) is None:
+    def again(self, run: Run) -> Segment:
+        """What is computed again before its backward."""
+        if (kept := self.costs.kept) is None or not run.n_blocks:
             return Segment()
-        found = joined(rise(kept.first.forward[place], "activations") * n for place, n in segment.items())
-        return found + Step(activations=-sum(n * kept.passing.get(place, 0) for place, n in segment.items()))
+        found = joined(rise(kept.first.forward[place], "activations") * n for place, n in run.places.items())
+        return found + Step(activations=-sum(n * kept.passing.get(place, 0) for place, n in run.places.items()))
 
     def weight_gradients(self, first: bool, last: bool) -> Segment:
         """Of a microbatch whose backward has put them off: made while all that it has kept for them is there."""
@@ -252,6 +295,11 @@ class Stage:
         """Gradients go into a flat buffer, when the one before is `pending` no longer, and out of it as a shard."""
         found = Step(buffers=-pending) + Step(buffers=self.gathered(unit))
         return found + Step(gradients=-self.bytes(unit)) + Step(gradients=self.bytes(unit, self.ranks))
+
+
+def _both(layers: range, border: int) -> tuple[range, range]:
+    """Of some layers those before a border and those from it on."""
+    return range(layers.start, min(layers.stop, border)), range(max(layers.start, border), layers.stop)
 
 
 def rise(of: Rise, kind: str, gradients: int = 0) -> Segment:
@@ -274,8 +322,8 @@ def stages_on(config: Config, costs: Costs, rank: int) -> dict[int, Stage]:
     """What a pipeline rank holds."""
     parallel, model = config.parallel, config.model
     if parallel.pp == 1:
-        return {0: Stage(config, costs, Part(range(model.n_layers), first=True, last=True))}
-    parts = split(model, config.train.seq_len, parallel.n_stages)
+        return {0: Stage(config, costs, Part(range(model.n_all_layers), first=True, last=True))}
+    parts = split(model, config.train.seq_len, parallel.n_stages, config.source_len)
     return {s: Stage(config, costs, parts[s]) for s in stages_of(rank, parallel)}
 
 
@@ -292,7 +340,7 @@ def _static(config: Config, costs: Costs, stages: list[Stage]) -> Segment:
         found += Step(gradients=whole)
     if parallel.pp > 1:  # a buffer for what comes in, of each microbatch, forward and backward
         neighbours = sum((not stage.part.first) + (not stage.part.last) for stage in stages)
-        found += Step(buffers=stream_bytes(config) * parallel.microbatches * neighbours)
+        found += Step(buffers=sum(stages[0].streams) * parallel.microbatches * neighbours)
     return found
 
 

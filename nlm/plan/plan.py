@@ -14,8 +14,8 @@ from nlm.plan.estimate import Estimate, bubble, estimate, hardware_flops, traffi
 from nlm.plan.flops import flops_per_token
 from nlm.plan.gpus import Machine
 from nlm.plan.layers import Layers
-from nlm.plan.layouts import FREE_SHARE, RECOMPUTE, Layout, Tracer, layouts
-from nlm.plan.memory import Parameters, rank_memory
+from nlm.plan.layouts import FREE_SHARE, RECOMPUTE, Layout, Tracer, fullest, layouts
+from nlm.plan.memory import Parameters
 from nlm.plan.trace import part_of
 
 
@@ -46,14 +46,8 @@ def plan(config: Config, machine: Machine | None = None, gpus: int | None = None
     """Nothing of the model's size is allocated. `gpus`: of how many to compare the layouts; by default no others than
     that of the config.
 
-    Errors: ValueError for an engine or a model whose memory is not known.
+    Errors: ValueError for an engine whose memory is not known.
     """
-    if config.model.reads_source:
-        n, flops = sum(parameters_by_role(config).values()), flops_per_token(config)
-        raise ValueError(
-            "model.architecture: what the two stacks of an encoder_decoder keep in memory is not planned; it has "
-            f"{n:,} parameters and takes {flops:,.0f} FLOPs a token of the target"
-        )
     if config.parallel.engine != "torch":
         raise ValueError(
             "parallel.engine: what DeepSpeed keeps in memory is not planned; plan with engine = 'torch' and the same "
@@ -65,12 +59,8 @@ def plan(config: Config, machine: Machine | None = None, gpus: int | None = None
             raise ValueError("parallel.memory_gib: recompute = 'auto' is to fit into it; set it, or give --gpu")
         config = chosen(config, gib)
     tracer = Tracer(config)
-    own, flops = tracer.costs(config), flops_per_token(config)
-    memory = {}
-    for mode in RECOMPUTE:
-        other = with_parallel(config, recompute=mode)
-        costs = tracer.costs(other)
-        memory[mode] = max((rank_memory(other, costs, rank) for rank in range(other.parallel.pp)), key=np.sum)
+    own, flops = tracer.costs(config)[0], flops_per_token(config)
+    others = {mode: with_parallel(config, recompute=mode) for mode in RECOMPUTE}
     by_role = parameters_by_role(config)
     return Plan(
         config,
@@ -78,7 +68,7 @@ def plan(config: Config, machine: Machine | None = None, gpus: int | None = None
         flops,
         hardware_flops(config, own),
         _checkpoint_bytes(config, tracer.own, sum(by_role.values())),
-        memory,
+        {mode: fullest(other, tracer.costs(other)) for mode, other in others.items()},
         {axis: sent for axis, sent in traffic(config, own).items() if sent},
         bubble(config, own),
         machine,

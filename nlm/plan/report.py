@@ -51,7 +51,7 @@ def _parts(plan: Plan) -> Iterator[Table | str]:
             f"A step on {plan.machine.name}     {of.step_s:.3g} s, an estimate: computation {of.pipeline_s:.3g} s, "
             f"communication {of.communication_s:.3g} s, update {of.update_s:.3g} s"
         )
-        yield f"MFU                  {of.mfu:.1%}; {plan.config.train.batch_tokens / of.step_s:,.0f} tokens/s"
+        yield f"MFU                  {of.mfu:.1%}; {of.tokens_s:,.0f} tokens/s"
     if plan.layouts:
         yield ""
         yield f"Layouts of {plan.gpus} GPUs, each with what is fastest and fits"

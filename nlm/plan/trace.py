@@ -4,7 +4,7 @@ Nothing here knows a scheme, a norm, a score or an optimizer: forward, backward,
 training, and what they allocate and free is written down where the stream goes from one layer to the next.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -16,15 +16,17 @@ from nlm.build import design, loss_rows
 from nlm.config import Config
 from nlm.data.rank import batch_of
 from nlm.float8 import multiply_in_float8, refuse_missing_float8
-from nlm.model import Part, Run, Transformer
+from nlm.model import Part, Run, Stack, Transformer
 from nlm.parallel.deferred import DeferredGradients
 from nlm.parallel.recompute import recompute
 from nlm.plan.fake import ImaginedEngine, ImaginedTensorParallel, faked
 from nlm.plan.layers import Layers
 from nlm.plan.ledger import Ledger
+from nlm.plan.shapes import Shape
 
-Place = int | Literal["embed", "head"]
-"""A layer; what comes before all layers; what comes after, the loss included."""
+Place = int | Literal["embed", "memory", "head"]
+"""A layer; what comes before all layers; what stands between an encoder's and a decoder's; what comes after, the loss
+included."""
 
 
 class Rise(NamedTuple):
@@ -66,8 +68,9 @@ class Update:
 class Trace:
     """`first` and `later` are microbatches: the first makes the gradients that later ones add to.
 
-    `passing`, by layer, are bytes that a layer's forward leaves and its backward does not find: they are gone when the
-    whole forward has ended, as are autocast's copies of weights that nothing has saved.
+    `passing`, by place, are bytes that a layer's forward leaves and its backward does not find: they are gone when the
+    whole forward has ended, as are autocast's copies of weights that nothing has saved. What a decoder's first and last
+    layer do beside the others, with what its encoder has left, counts there, in "memory".
     """
 
     layers: Layers
@@ -76,19 +79,22 @@ class Trace:
     passing: dict[Place, float]
 
 
-def trace(config: Config, rows: int, mode: str, deferred: bool = False) -> Trace:
-    """Of `rows` a microbatch on a tensor parallel rank of the config's, whose blocks the backward computes again as
+def trace(config: Config, shape: Shape, mode: str, deferred: bool = False) -> Trace:
+    """Of a microbatch of a shape on a tensor parallel rank of the config's, whose blocks the backward computes again as
     `mode` has it, "none", "selective" or "block". `deferred`: it leaves out the weight gradients, as in the schedules
     that put them off."""
     layers = Layers(config)
     model = part_of(config, layers.traced)
     with FakeTensorMode(), Ledger(model.tp.size, config.train.precision == "fp8") as ledger:
-        faked(model).loss_rows = loss_rows(config, rows)
+        faked(model).loss_rows = loss_rows(config, shape.tokens)
         recompute(model, mode)
         take = DeferredGradients(model).take if deferred else lambda: lambda: None
         levels = _levels(ledger, model)
-        batch = batch_of(config, tuple(torch.zeros(2, 2 * rows, config.train.seq_len + 1, dtype=torch.int64)), 0)
-        passes = []
+        batch = batch_of(config, tuple(torch.zeros(2, 2 * shape.rows, shape.target + 1, dtype=torch.int64)), 0)
+        if config.model.reads_source:
+            source = torch.zeros(2 * shape.rows, shape.source, dtype=torch.int64)
+            batch = replace(batch, source=source, padding=config.model.padding)
+        passes, places = [], _places(layers)
         for part in batch.chunk(2):
             levels.mark()
             loss = model(*part.arguments()) * 1.0
@@ -96,12 +102,18 @@ def trace(config: Config, rows: int, mode: str, deferred: bool = False) -> Trace
             loss.backward()
             del loss
             levels.mark()
-            passes.append(_pass(levels.rises(), layers.traced))
+            passes.append(_pass(levels.rises(), places))
             take()()
     first, later = passes
     passing: dict[Place, float] = {}
     if not deferred:  # there it is the weight gradients that end what the backward leaves
-        passing = {l: later.forward[l].net + later.backward[l].net for l in range(layers.traced)}
+        passing = {place: later.forward[place].net + later.backward[place].net for place in places[1:-1]}
+    if passing and layers.n_encoder:
+        ends = {layers.n_encoder, layers.traced[-1]}
+        others = {layers.kinds[l]: passing[l] for l in layers.traced if l not in ends}
+        for end in ends:
+            own, passing[end] = passing[end], others.get(layers.kinds[end], passing[end])
+            passing["memory"] += own - passing[end]
     gone = sum(passing.values())
     for of in passes:  # as if the head ended nothing but its own
         of.forward["head"] = of.forward["head"]._replace(net=of.forward["head"].net + gone)
@@ -123,9 +135,9 @@ def _mean(a: dict[Place, Rise], b: dict[Place, Rise], share: float) -> dict[Plac
     return {place: Rise(*(x + share * (y - x) for x, y in zip(a[place], b[place], strict=True))) for place in a}
 
 
-def update_cost(config: Config, n_layers: int) -> Update:
-    """Of the first `n_layers` with both ends."""
-    model = part_of(config, n_layers)
+def update_cost(config: Config, layers: range) -> Update:
+    """Of these layers with both ends."""
+    model = part_of(config, layers)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with FakeTensorMode(), Ledger() as ledger:
         faked(model)
@@ -146,10 +158,10 @@ def update_cost(config: Config, n_layers: int) -> Update:
     return Update(weights, state, kept, saved, clip.peak, update.peak, clip.moved + update.moved)
 
 
-def part_of(config: Config, n_layers: int) -> Transformer:
-    """The first layers and both ends of the model, of them what a tensor parallel rank of the config's holds."""
+def part_of(config: Config, layers: range) -> Transformer:
+    """Some layers and both ends of the model, of them what a tensor parallel rank of the config's holds."""
     tp = ImaginedTensorParallel(config.parallel.tp, config.parallel.sequence_parallel)
-    model = design(config, tp, Part(range(n_layers), first=True, last=True))
+    model = design(config, tp, Part(layers, first=True, last=True))
     if config.train.precision == "fp64":
         model.double()
     model.cross_entropy.sparse_k = config.train.sparse_softmax_k
@@ -181,26 +193,48 @@ class _Levels:
 
 
 def _levels(ledger: Ledger, model: Transformer) -> _Levels:
-    """Marks where the stream comes to a block and leaves the last, and where its gradient does."""
-    levels, through = _Levels(ledger), model.through
+    """Marks where the stream comes to a block and leaves the last of its stack, and where its gradient does."""
+    levels, reads = _Levels(ledger), model._read
 
-    def watch(x: Tensor) -> None:
-        levels.mark()
+    def comes_back(x: Tensor) -> None:
         x.register_hook(lambda gradient: levels.mark())
 
-    def watched(run: Run, places: range, x: Tensor) -> Tensor:
-        for place in places:
-            watch(x)
-            x = through(run, range(place, place + 1), x)
-        watch(x)
-        return x
+    def watch(stack: Stack) -> None:
+        through = stack.through
+        # A decoder's first gradient waits until its encoder's backward has ended: there, that of the memory tells.
+        waits = stack is model and model.encoder is not None
 
-    model.through = watched
+        def watched(run: Run, places: range, x: Tensor) -> Tensor:
+            for place in places:
+                levels.mark()
+                if place or not waits:
+                    comes_back(x)
+                x = through(run, range(place, place + 1), x)
+            levels.mark()
+            comes_back(x)
+            return x
+
+        stack.through = watched
+
+    def read(source: Tensor | None, stream: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        memory, mask = reads(source, stream, keys)
+        comes_back(memory)
+        return memory, mask
+
+    for stack in model.stacks:
+        watch(stack)
+    model._read = read  # type: ignore[method-assign]
     return levels
 
 
-def _pass(rises: list[Rise], n_layers: int) -> Pass:
-    places: list[Place] = ["embed", *range(n_layers), "head"]
+def _places(layers: Layers) -> list[Place]:
+    """In the order of the computation."""
+    n, traced = layers.n_encoder, layers.traced
+    memory: list[Place] = [*range(traced.start, n), "memory"] if n else []
+    return ["embed", *memory, *range(n, traced.stop), "head"]
+
+
+def _pass(rises: list[Rise], places: list[Place]) -> Pass:
     assert len(rises) == 2 * len(places), "the stream has taken another way than from block to block"
     forward, backward = rises[: len(places)], rises[len(places) :]
     return Pass(dict(zip(places, forward, strict=True)), dict(zip(reversed(places), backward, strict=True)))

@@ -23,6 +23,7 @@ from nlm.data.rank import RankData, pair_batch
 from nlm.data.tokenize import tokenize_languages
 from nlm.data.tokenizer import language_tag
 from nlm.mesh import Mesh
+from nlm.plan.shapes import shapes
 from nlm.random import mixed
 
 MakeConfig = Callable[..., Config]
@@ -365,3 +366,22 @@ def test_what_a_config_may_not_say(train: dict[str, Any], problem: str, make_con
     table["data"]["train"] = {"path": "a", "languages": LANGUAGES} | train
     with pytest.raises(ConfigError, match=problem):
         parse_config(table)
+
+
+@pytest.mark.parametrize("source_len", [24, 64])
+def test_no_batch_is_larger_than_planned(source_len: int, corpus: Corpus, make_config: MakeConfig) -> None:
+    """Those with the longest rows have no more of them, and all others no more tokens on a side."""
+    config = make_config(
+        {"architecture": "encoder_decoder", "vocab_size": 361},
+        train={"seq_len": 48, "source_len": source_len, "batch_tokens": 192},
+        data={"train": {"path": corpus.path, "languages": LANGUAGES}},
+    )
+    longest, full = shapes(config)
+    assert (longest.target, longest.source) == (48, source_len)
+    assert full.target == full.source == min(48, source_len)
+    pairs, widths = PairCorpus(config), set[int]()
+    for batch in (pairs.batch(number) for number in range(1, 20)):
+        assert batch.source.size <= full.rows * full.source and batch.tokens[:, 1:].size <= full.tokens
+        widths.add(width := max(batch.source.shape[1], batch.tokens.shape[1] - 1))
+        assert width < max(48, source_len) or len(batch.tokens) <= longest.rows
+    assert len(widths) > 1

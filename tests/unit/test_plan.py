@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plan_errors import DOCS, ROWS, Row, document, measured_bytes, measured_flops, planned
+from plan_errors import DOCS, ROWS, SOURCES, TWO_STACKS, Row, document, measured_bytes, measured_flops, planned
 
 from nlm.build import design, load_config
 from nlm.cli import main
@@ -22,10 +22,12 @@ from nlm.plan.flops import _flops, flops_per_token
 from nlm.plan.gpus import GPUS, Machine, machine, peak_flops
 from nlm.plan.layers import Layers
 from nlm.plan.layouts import FREE_SHARE, best_first
+from nlm.plan.memory import costs_of, rank_memory
 from nlm.plan.plan import parameters_by_role, plan
 from nlm.plan.report import advice, text
 from nlm.plan.schedule import makespan, orders
 from nlm.plan.segment import KINDS, Segment, joined
+from nlm.plan.shapes import shapes
 from nlm.plan.trace import trace
 
 MakeConfig = Callable[..., Config]
@@ -40,6 +42,8 @@ SMALL = {"dim": 64, "n_layers": 6}
         Row("recompute, bf16", SMALL, {"precision": "bf16"}, {"recompute": "block", "microbatches": 2}),
         Row("fp8, as emulated", SMALL, {"precision": "fp8"}),
         Row("another", SMALL | {"scheme": {"name": "brainformer"}, "attention": {"score": "softcap"}}),
+        Row("two stacks, sqrt", SMALL | TWO_STACKS, SOURCES | {"precision": "bf16"}, {"recompute": "sqrt"}),
+        Row("two stacks in two ranks", SMALL | TWO_STACKS, SOURCES, {"pp": 2, "microbatches": 2}),
         # Where the ranks gather in the middle of a layer, gloo keeps buffers for a while: see docs/plan.md.
         Row("two ranks", SMALL, parallel={"pp": 2, "microbatches": 4}),
     ],
@@ -59,7 +63,7 @@ def test_the_document_has_what_was_measured() -> None:
         assert of["planned_flops"] == pytest.approx(of["measured_flops"], rel=0.01), name
 
 
-@pytest.mark.parametrize("name", ["plain", "swiglu", "fsdp block", "zbv"])
+@pytest.mark.parametrize("name", ["plain", "swiglu", "fsdp block", "zbv", "two stacks", "two stacks pp"])
 def test_what_is_planned_anew_is_what_stands_there(name: str) -> None:
     memory, flops = planned(ROWS[name].config)
     assert memory / 2**20 == pytest.approx(FOUND[name]["planned_mib"], rel=0.01)
@@ -77,13 +81,14 @@ def test_flops_of_softmax_attention_are_the_usual_ones(make_config: MakeConfig) 
 def test_in_float8_are_the_blocks_matrices() -> None:
     """Of the rest the head is all products and attention's scores are 4 · D · S a token; both run at half the peak."""
     config = Row("fp8", SMALL, {"precision": "fp8"}).config
-    passed, tokens = trace(config, 8, "none").first.forward, 8 * config.train.seq_len
+    (shape,) = shapes(config)
+    passed, tokens = trace(config, shape, "none").first.forward, 8 * config.train.seq_len
     assert passed["head"].slow_flops == passed["head"].flops > 0
     assert passed[0].slow_flops == 4 * 64 * config.train.seq_len * tokens
     assert passed[0].flops - passed[0].slow_flops == 2 * 12 * 64**2 * tokens
     on, block = Machine("one", peak_flops=1.0, memory_gib=1, efficiency=1, host_s=0), passed[0]
     assert kernels_s(on, block, 1) == block.flops + block.slow_flops
-    assert trace(Row("bf16", SMALL, {"precision": "bf16"}).config, 8, "none").first.forward[0].slow_flops == 0
+    assert trace(Row("bf16", SMALL, {"precision": "bf16"}).config, shape, "none").first.forward[0].slow_flops == 0
 
 
 @pytest.mark.parametrize("scheme", ["brainformer", "ngpt"])
@@ -195,3 +200,21 @@ def test_on_the_console(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--peak-tflops, --memory-gib" in capsys.readouterr().err
     assert main(["plan", quickstart, "--gpu", "H100", "--gpus", "0"]) == 2
     assert main(["plan", quickstart, "parallel.tp=3"]) == 2
+
+
+def test_a_layer_is_planned_as_it_is_traced(make_config: MakeConfig) -> None:
+    """Of two stacks: what stands for each layer is built alike, the ends for themselves; and the depth of both counts.
+
+    From 9 and 7 layers to 18 and 14, what is planned grows by what those layers are that are neither first nor last.
+    """
+    two, train = {"architecture": "encoder_decoder"}, {"source_len": 8, "batch_tokens": 12 * 32}
+    few, more = (make_config(two | {"n_encoder_layers": 9 * n, "n_layers": 7 * n}, train=train) for n in (1, 2))
+    layers = Layers(few)
+    shapes_of = [Counter((w.role, w.shape) for _, _, w in weights(block)) for block in design(few).layers.values()]
+    assert list(layers.traced) == [7, 8, 9, 10, 11]
+    assert [layers.like(layer) for layer in range(16)] == [8] * 7 + [7, 8, 9] + [10] * 5 + [11]
+    assert [shapes_of[layers.like(layer)] for layer in range(16)] == shapes_of
+    costs = costs_of(few)
+    rises = costs.trace.first.forward
+    grown = rank_memory(more, costs_of(more)) - rank_memory(few, costs)
+    assert grown[KINDS.index("activations")] == pytest.approx(9 * rises[8].net + 7 * rises[10].net)
