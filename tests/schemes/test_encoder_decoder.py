@@ -6,7 +6,6 @@ from math import log, sqrt
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from pairs import Pairs, pairs
