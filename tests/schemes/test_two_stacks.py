@@ -65,4 +65,4 @@ def test_a_small_step_moves_deepnorm_as_far_at_any_depth_and_post_ln_the_further
         scheme: float(np.polyfit(np.log(DEPTHS), np.log([update(scheme, n) for n in DEPTHS]), 1)[0])
         for scheme in ("deepnorm", "post_ln")
     }
-    assert abs(slopes["deepnorm"]) < 0.2 and slopes["post_ln"] > 1, slopes
+    assert abs(slopes["deepnorm"]) < 0.2 and slopes["post_ln"] > 0.5, slopes
