@@ -6,14 +6,12 @@ from math import log, sqrt
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from pairs import Pairs, pairs
 from poison import assert_init_fills_everything
 from torch import Tensor
 from transcription import difference
-from two_stacks import course, update
 
 import nlm.train
 from nlm import NORMS, SCHEMES, SCORES, build_model
@@ -461,15 +459,3 @@ def test_an_interrupted_run_goes_on(
     assert {kind: difference.size for kind, difference in found.items() if difference.size} == {}
     layers = read_layers(straight)
     assert layers["stream_rms_out/ffn"].shape == (4, N + M)
-
-
-def test_fifty_layers_of_both_stay_finite() -> None:
-    """And a small step moves a model of DeepNorm's as far at any depth, one of Post-LN's the further the deeper."""
-    found = course("deepnorm", 50, steps=3)
-    assert found.finite and min(found.first) > 0
-    depths = [6, 12, 24, 48]
-    slopes = {
-        scheme: float(np.polyfit(np.log(depths), np.log([update(scheme, n) for n in depths]), 1)[0])
-        for scheme in ("deepnorm", "post_ln")
-    }
-    assert abs(slopes["deepnorm"]) < 0.2 and slopes["post_ln"] > 1, slopes
