@@ -114,7 +114,7 @@ def _float8(config: Config) -> Iterator[str]:
             yield f"model.{key}: 'fp8' expects {of} to be a multiple of {FLOAT8_MULTIPLE}{a_rank}, got {size}"
     if isinstance(config.data.train, TranslationConfig):
         yield (
-            f"train.precision: 'fp8' expects a multiple of {FLOAT8_MULTIPLE} tokens in a microbatch, which of pairs has "
+            f"train.precision: 'fp8' expects a multiple of {FLOAT8_MULTIPLE} tokens in a microbatch; one of pairs has "
             "as many as they make; set precision = 'bf16'"
         )
     tokens = config.batch_rows // parallel.data_ranks // parallel.microbatches * config.train.seq_len
