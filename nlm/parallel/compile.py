@@ -40,8 +40,8 @@ def compile_model(
     # which took longer than the matrix product before it on a processor without AVX-512.
     autograd_config.recompute_views = True
     if dynamic:
-        # Lengths that happen to be equal in the first batch are not taken for one and the same.
-        shape_config.use_duck_shape = False
+        # Sizes alone are open, not a norm's eps too; and those equal in the first batch are not taken for the same.
+        dynamo_config.specialize_float, shape_config.use_duck_shape = True, False
         # Two kinds of block, each in training, recorded and in validation, of several rows and of one.
         dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, GRAPHS)
     if kernels == "triton":
