@@ -19,6 +19,7 @@ from nlm.config import (
     ModelConfig,
     OptimConfig,
     Table,
+    TranslationConfig,
     WeightNormChoice,
     describe,
     nearest,
@@ -183,16 +184,22 @@ def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str,
         multiply_in_float8(model, emulate=mesh.device.type == "cpu")
     recompute(model, config.parallel.recompute)
     if config.parallel.compile:
-        compile_model(model, kernels=config.parallel.kernels, say=print if mesh.speaks else None)
+        compile_model(
+            model,
+            kernels=config.parallel.kernels,
+            say=print if mesh.speaks else None,
+            dynamic=isinstance(config.data.train, TranslationConfig),
+        )
     return model
 
 
-def loss_rows(config: Config, tokens: int | None = None) -> int:
-    """Of how many positions of a microbatch of `tokens` there are logits at a time, the config's by default."""
+def loss_rows(config: Config, tokens: int | None = None) -> int | None:
+    """Of how many positions of a microbatch of `tokens`, the config's by default, there are logits at a time; None: of
+    all."""
     parallel, model = config.parallel, config.model
-    tokens = tokens or config.train.batch_tokens // parallel.data_ranks // parallel.microbatches
     if whole_logits(parallel):
-        return tokens
+        return None
+    tokens = tokens or config.train.batch_tokens // parallel.data_ranks // parallel.microbatches
     return parallel.loss_rows or default_rows(tokens, model.dim, model.vocab_size // parallel.tp)
 
 

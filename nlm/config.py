@@ -327,6 +327,10 @@ class SourceConfig(Section):
         return self
 
 
+PAIR_WIDTH = 8
+"""Rows of pairs are filled up to multiples of it: few shapes, which tensor parallel ranks can divide."""
+
+
 class TranslationConfig(Section):
     """Pairs of texts for an encoder–decoder: token shards PATH.de, PATH.en and so on, a `languages` each, of which
     document i says the same, or nothing, as `nlm tokenize --languages` writes them.

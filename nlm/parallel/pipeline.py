@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,46 +103,54 @@ class PipelineEngine(TorchEngine):
         self.stages = dict(zip(stages, models, strict=True))
         self.group = mesh.group("pp")
         self.stage_ranks = {stage: rank for rank in range(parallel.pp) for stage in stages_of(rank, parallel)}
-        made = [self._stage(index, model) for index, model in self.stages.items()]
-        make = SCHEDULES[parallel.schedule]
-        self.schedule = make(
-            made if parallel.schedule != "1f1b" else made[0],  # type: ignore[arg-type]
-            self.microbatches,
-            loss_fn=lambda loss, _: loss * self.scale,
-            scale_grads=False,
-        )
+        zero_bubble = parallel.schedule in V_SCHEDULES
+        self.deferred = {i: DeferredGradients(model).take if zero_bubble else None for i, model in self.stages.items()}
+        self._shapes: tuple[torch.Size, ...] = ()
 
-    def _stage(self, index: int, model: Transformer) -> PipelineStage:
-        rows = self.config.batch_rows // self.mesh.data_size // self.microbatches
-        part = model.part
-        stream = self._stream(rows, "meta").requires_grad_()
-        tokens = torch.empty(rows, self.config.train.seq_len, dtype=torch.int64, device="meta")
+    def _schedule(self, part: Batch) -> Any:
+        """Of microbatches like this one. A stage of torch's knows one shape: where that of the last step was another,
+        there are new ones over the same modules, which takes at most some hundredths of a second."""
+        tokens, stream = part.inputs.to("meta"), self._stream(part, "meta").requires_grad_()
+        if (shapes := (tokens.shape, stream.shape)) != self._shapes:
+            made = [self._stage(index, tokens, stream) for index in self.stages]
+            name = self.config.parallel.schedule
+            self.schedule = SCHEDULES[name](
+                made if name != "1f1b" else made[0],  # type: ignore[arg-type]
+                self.microbatches,
+                loss_fn=lambda loss, _: loss * self.scale,
+                scale_grads=False,
+            )
+            self._shapes = shapes
+        return self.schedule
+
+    def _stage(self, index: int, tokens: Tensor, stream: Tensor) -> PipelineStage:
+        """Of microbatches [B S] with such a stream."""
+        model = self.stages[index]
         loss = torch.empty((), device="meta", requires_grad=True)
-        zero_bubble = self.config.parallel.schedule in V_SCHEDULES
         return PipelineStage(
             model,
             index,
             self.n_stages,
             self.mesh.device,
-            input_args=(tokens if part.first else stream,),
-            output_args=(loss if part.last else stream,),
+            input_args=(tokens if model.part.first else stream,),
+            output_args=(loss if model.part.last else stream,),
             group=self.group,
-            dw_builder=DeferredGradients(model).take if zero_bubble else None,
+            dw_builder=self.deferred[index],
         )
 
-    def _stream(self, rows: int, device: str | torch.device) -> Tensor:
+    def _stream(self, rows: Batch, device: str | torch.device) -> Tensor:
         """[B S/n D], or [B (S+T)/n D] with that of an encoder's source, empty."""
-        lengths = [self.config.train.seq_len] + [self.config.source_len] * self.config.model.reads_source
-        positions = sum(len(self.mesh.tp.positions(length)) for length in lengths)
+        read = [rows.inputs] if rows.source is None else [rows.inputs, rows.source]
+        positions = sum(len(self.mesh.tp.positions(tokens.shape[1])) for tokens in read)
         dtype = torch.float64 if self.config.train.precision == "fp64" else torch.float32
-        return torch.empty(rows, positions, self.config.model.dim, dtype=dtype, device=device)
+        return torch.empty(len(rows), positions, self.config.model.dim, dtype=dtype, device=device)
 
     def train(self, rows: Batch) -> list[Tensor]:
         last = self.n_stages - 1 in self.stages
         losses: list[Tensor] = []
         targets = rows.targets if last else None
         given = {"source": rows.source, "targets": targets, "segments": rows.segments, "keys": rows.keys}
-        self.schedule.step(
+        self._schedule(rows.first(len(rows) // self.microbatches)).step(
             *([rows.inputs] if 0 in self.stages else []),
             target=targets,
             losses=losses if last else None,
@@ -155,13 +164,13 @@ class PipelineEngine(TorchEngine):
         for stage in range(self.n_stages):
             here, before = self.stage_ranks[stage], self.stage_ranks.get(stage - 1)
             if before is not None and before != here:
-                x = self._pass_on(x, before, here, len(rows))
+                x = self._pass_on(x, before, here, rows)
             if stage in self.stages:
                 x = self.stages[stage](x, *rows.arguments()[1:])
         return x if self.n_stages - 1 in self.stages else torch.zeros((), device=self.mesh.device)
 
-    def _pass_on(self, x: Tensor, source: int, target: int, rows: int) -> Tensor:
-        """The stream, from one pipeline rank to another; the others have nothing to do with it."""
+    def _pass_on(self, x: Tensor, source: int, target: int, rows: Batch) -> Tensor:
+        """The stream of rows, from one pipeline rank to another; the others have nothing to do with it."""
         me = self.mesh.rank("pp")
         if me == source:
             dist.send(x.contiguous(), group=self.group, group_dst=target)

@@ -76,7 +76,7 @@ class Score(nn.Module, ABC):
         """Of the queries of which `visible` [… Q S] says which keys they see -> [] each: the sum of the entropies, in
         nats, of their weights, taken as shares of what the absolute weights sum to; how many give one key more than
         SATURATED; the largest of their `pairs`."""
-        pairs = precise(self.pairs(q[:, queries(visible.shape[-2], q.shape[1])], k))
+        pairs = precise(self.pairs(q[:, queries(visible.shape[-2], q.shape[1], q.device)], k))
         shares = self.weigh(pairs, visible)
         if not self.sums_to_one:
             shares = F.normalize(shares.abs(), p=1, dim=-1)
@@ -146,10 +146,9 @@ def n_visible(q: Tensor, mask: Tensor | None) -> Tensor:
     return mask.sum(-1).transpose(1, 2)[..., None]  # [B 1 Q] -> [B Q 1 1]
 
 
-def queries(n: int, seq_len: int) -> slice:
-    """Of the positions so many: the last one, and evenly back from it."""
-    stride = seq_len // n
-    return slice(seq_len - 1 - stride * (n - 1), None, stride)
+def queries(n: int, seq_len: int, device: torch.device) -> Tensor:
+    """Of the positions so many [n]: the last one, and evenly back from it."""
+    return seq_len - 1 - seq_len // n * torch.arange(n - 1, -1, -1, device=device)
 
 
 def keys_seen(mask: Tensor | None, seq_len: int, n: int, device: torch.device) -> Tensor:
@@ -157,7 +156,7 @@ def keys_seen(mask: Tensor | None, seq_len: int, n: int, device: torch.device) -
     n = min(n, seq_len)
     every = mask if mask is not None else torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device).tril()
     every = every.expand(-1, -1, seq_len, -1)
-    return every[..., queries(n, seq_len), :]
+    return every[..., queries(n, seq_len, device), :]
 
 
 def uniform_entropy(visible: Tensor, rows: int) -> Tensor:

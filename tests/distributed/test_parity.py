@@ -3,6 +3,7 @@
 `tools/parity.py` proves the rest, with the same code.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -18,6 +19,7 @@ from parity import (
     OPTIMIZER_ROWS,
     PAIR_ROWS,
     SCHEME_ROWS,
+    SHAPES_ROWS,
     VARIANT_ROWS,
     Ranks,
     Reference,
@@ -73,6 +75,8 @@ def chosen() -> Iterator[tuple[Row, str]]:
     yield OPTIMIZER_ROWS["adamp"], "zero1"
     for row, layouts in zip(PAIR_ROWS.values(), PAIR_LAYOUTS, strict=True):
         yield from ((row, layout) for layout in layouts)
+    for row, layouts in zip(SHAPES_ROWS.values(), SHAPES_LAYOUTS, strict=True):
+        yield from ((row, layout) for layout in layouts)
     yield DEEP_ROWS["200 layers"], "pp4-zbv"
 
 
@@ -84,6 +88,8 @@ PAIR_LAYOUTS = (
     ("ddp2",),
 )
 """Of each of PAIR_ROWS."""
+SHAPES_LAYOUTS = (("pp2-1f1b", "pp2-interleaved", "pp2-zbv", "pp2-dualpipev"), ("fsdp2xtp2xpp2", "ddp2xpp2-zbv"))
+"""Of each of SHAPES_ROWS."""
 CELLS = sorted(
     {
         (row.name, layout): (replace(row, precision="fp32" if layout.startswith("zero") else "fp64"), layout)
@@ -134,6 +140,18 @@ def test_a_stream_reaches_every_rank(prover: Prover) -> None:
     row = replace(CORE[0], name="stream", data=data, precision="fp64")
     for layout in ("hsdp2x2", "tp2xpp2"):
         prover.prove(row, layout)
+
+
+def test_validation_of_pairs_in_a_pipeline(prover: Prover) -> None:
+    row, losses = replace(next(iter(SHAPES_ROWS.values())), name="validated", precision="fp64"), []
+    for layout in (None, "tp2xpp2"):
+        table = row.config(prover.folder, layout).model_dump(exclude_none=True)
+        table["data"]["validation"] = table["data"]["train"]["path"]
+        table["evaluate"] |= {"every": 2, "batches": 4}
+        prover.ranks.train(parse_config(table))
+        lines = map(json.loads, (Path(table["log"]["dir"]) / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["validation_loss"] for line in lines if "validation_loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9) and len(set(losses[0])) == 3
 
 
 @pytest.mark.parametrize("layout", ["tp2+sp", "fsdp2", "zero3"])

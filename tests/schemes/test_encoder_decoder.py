@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import log, sqrt
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import torch
 from pairs import Pairs, pairs
 from poison import assert_init_fills_everything
 from torch import Tensor
+from torch._dynamo import lookup_backend
+from torch.fx.experimental import _config as shape_config
 from transcription import difference
 
+import nlm.build
 import nlm.train
 from nlm import NORMS, SCHEMES, SCORES, build_model
 from nlm.anatomy import IGNORED, MATRICES, Role, Weight
@@ -296,6 +300,46 @@ def test_a_graph_for_each_kind_of_block(config: Config) -> None:
     model.signals, model.encoder.signals = Signals(queries=4), Signals(queries=4)
     model(rows.inputs, rows.source)
     assert len(graphs) == 4
+
+
+def test_one_graph_is_for_pairs_of_all_shapes(two_stacks: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each kind of block and of the loss, and another for batches of one row; it computes what there is without."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(nlm.build, "compile_model", partial(compile_model, backend=count))
+    monkeypatch.setattr(shape_config, "use_duck_shape", True)
+    data = {"train": {"path": "unused", "languages": ["de", "en"]}}
+    configs = [two_stacks("normformer", data=data, parallel={"compile": on}) for on in (False, True)]
+    plain, compiled = (build_engine(config, Mesh()) for config in configs)
+
+    def same(n_rows: int, source_len: int, seq_len: int) -> None:
+        rows = batch(configs[0], n_rows, seed=n_rows)
+        rows = replace(rows, source=rows.source[:, :source_len], tokens=rows.tokens[:, : seq_len + 1])
+        expected, found = (float(engine.forward_backward(rows)) for engine in (plain, compiled))
+        assert found == pytest.approx(expected, rel=1e-6)
+        for ours, theirs in zip(compiled.pieces.held, plain.pieces.held, strict=True):
+            a, b = ours.parameter.grad, theirs.parameter.grad
+            assert (a - b).norm() <= 1e-5 * b.norm() + 1e-8, ours.name
+            ours.parameter.grad = theirs.parameter.grad = None
+        with torch.no_grad():
+            assert float(compiled.loss(rows)) == pytest.approx(float(plain.loss(rows)), rel=1e-6)
+
+    for shape in ((6, 6, 6), (4, 7, 12), (5, 3, 7), (2, 7, 2), (12, 2, 12)):
+        same(*shape)
+    assert len(graphs) == 3 * 2, "one in training, one in validation"
+    for shape in ((1, 6, 6), (1, 7, 12)):
+        same(*shape)
+    assert len(graphs) == 3 * 2 * 2
+    for engine in (plain, compiled):
+        ForwardStatistics(engine, queries=4).begin()
+    for shape in ((6, 6, 6), (4, 7, 12), (5, 3, 7)):
+        same(*shape)
+    assert len(graphs) == 3 * 2 * 2 + 2 * 2
 
 
 def test_recompute_changes_nothing(config: Config) -> None:

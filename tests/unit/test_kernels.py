@@ -122,6 +122,23 @@ def test_a_block_finds_them_and_computes_the_same(
     assert said == 2 * ["kernels in a block: " + ", ".join(f"{n} x {name}" for name, n in expected.items())]
 
 
+def test_they_are_for_pairs_of_all_shapes(make_config: MakeConfig) -> None:
+    model = {"architecture": "encoder_decoder", "n_layers": 1, "scheme": {"name": "peri_ln"}, "norm": "rmsnorm"}
+    plain, fused = (build_model(make_config(model), device=DEVICE) for _ in range(2))
+    said: list[str] = []
+    torch._dynamo.reset()
+    compile_model(fused, "aot_eager", "triton", said.append, dynamic=True)
+    for n_rows, source_len, seq_len in ((2, 3, 4), (3, 5, 2), (4, 4, 4)):
+        source, target = (torch.arange(n_rows * n, device=DEVICE).view(n_rows, n) for n in (source_len, seq_len))
+        gradients = []
+        for built in (plain, fused):
+            built.zero_grad()
+            built(target, source, targets=target.flip(1)).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in built.parameters() if p.grad is not None]))
+        assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+    assert said == ["kernels in a block: 2 x residual, 2 x rotary", "kernels in a block: 3 x residual, 2 x rotary"]
+
+
 def test_other_sums_are_left_alone() -> None:
     """Of numbers, of a vector that is added to all rows, and beside no norm."""
     found: list[dict[str, int]] = []

@@ -68,6 +68,26 @@ def test_the_interleaved_schedule_goes_in_rounds(make_config: MakeConfig) -> Non
         make_config({"n_layers": 9}, parallel=parallel, train={"batch_tokens": 60})
 
 
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        (
+            {"parallel": {"tp": 3, "sequence_parallel": True}},
+            r"sequence_parallel: rows of pairs have multiples of 8 tokens, which parallel\.tp = 3 does not divide",
+        ),
+        ({"train": {"precision": "fp8"}}, "train.precision: 'fp8' expects a multiple of 16 tokens .* as they make"),
+        (
+            {"parallel": {"pp": 2, "microbatches": 2}, "evaluate": {"translations": 4}},
+            "evaluate.translations: needs a whole model on a rank",
+        ),
+    ],
+)
+def test_what_pairs_cannot(sections: dict[str, dict[str, Any]], problem: str, make_config: MakeConfig) -> None:
+    model = {"architecture": "encoder_decoder", "dim": 48, "n_heads": 6}
+    with pytest.raises(ConfigError, match=problem):
+        make_config(model, data={"train": {"path": "unused", "languages": ["de", "en"]}}, **sections)
+
+
 def test_fp64_is_not_deepspeeds(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"train\.precision: DeepSpeed's optimizers keep float32"):
         make_config(parallel={"engine": "deepspeed"}, train={"precision": "fp64"})
