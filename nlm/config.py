@@ -418,9 +418,9 @@ class FaultsConfig(Section):
     """What is left out, and when to give up waiting.
 
     A step whose loss or gradient norm is not finite changes nothing, nor one where the loss, or the logarithm of the
-    norm, is more than `sigma` standard deviations (0: any number) above the mean of the last `window` steps. After `rollback_after` such steps in a row the run goes back to
-    its last checkpoint and leaves out the batches it has read since. When no step ends for `hang_minutes`, all ranks
-    end, and say which of them the others wait for.
+    norm, is more than `sigma` standard deviations (0: any number) above the mean of the last `window` steps. After
+    `rollback_after` such steps in a row the run goes back to its last checkpoint and leaves out the batches it has read
+    since. When no step ends for `hang_minutes`, all ranks end, and say which of them the others wait for.
     """
 
     sigma: NonNegativeFloat = 6.0
