@@ -73,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as optim.lr=5e-4")
     train.set_defaults(run=_train)
 
+    launch = verbs.add_parser("launch", help="train on a cluster: by ssh, Slurm, Kubernetes, MPI or DeepSpeed")
+    launch.add_argument("config", metavar="CONFIG", help="a TOML file")
+    launch.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as parallel.dp_shard=16")
+    launch.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="such as configs/clusters/ssh.toml")
+    launch.add_argument("--sweep", type=Path, metavar="FILE", help="of overrides, a line a run: a Slurm array")
+    launch.add_argument("--dry-run", action="store_true", help="prints the commands instead of running them")
+    launch.set_defaults(run=_launch)
+
     probe = verbs.add_parser("probe", help="see before training what the signal does at initialization")
     probe.add_argument("config", metavar="CONFIG", help="a TOML file")
     probe.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as optim.lr=5e-4")
@@ -258,6 +266,12 @@ def _train(options: argparse.Namespace) -> None:
         train(config)
     except Stopped as stopped:
         sys.exit(_fail(REQUEUE, stopped))
+
+
+def _launch(options: argparse.Namespace) -> None:
+    from nlm.launch import launch
+
+    sys.exit(launch(options.config, options.overrides, options.cluster, options.sweep, options.dry_run))
 
 
 def _probe(options: argparse.Namespace) -> None:

@@ -529,7 +529,7 @@ class Config(Section):
 def read_table(path: str | Path, overrides: Iterable[str] = ()) -> Table:
     """The merged, not yet validated table of a config file. Errors: ConfigError."""
     path = Path(path)
-    table = overridden(_read_file(path, seen=()), overrides)
+    table = overridden(read_file(path), overrides)
     return _merge({"log": {"dir": f"runs/{path.stem}"}}, table)
 
 
@@ -647,7 +647,8 @@ def _positive(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _read_file(path: Path, seen: tuple[Path, ...]) -> Table:
+def read_file(path: Path, seen: tuple[Path, ...] = ()) -> Table:
+    """What a TOML file says, over what it extends. Errors: ConfigError."""
     if path.resolve() in seen:
         raise ConfigError([f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}"])
     try:
@@ -663,7 +664,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Table:
         raise ConfigError([f"{path}: extends: expected a path or a list of paths, got {bases!r}"])
     merged: Table = {}
     for base in bases:
-        merged = _merge(merged, _read_file(path.parent / base, (*seen, path.resolve())))
+        merged = _merge(merged, read_file(path.parent / base, (*seen, path.resolve())))
     return _merge(merged, table)
 
 

@@ -15,6 +15,7 @@ LEVELS = [
     ["nlm.parallel.watch"],
     [
         "nlm.batch",
+        "nlm.cluster",
         "nlm.guard",
         "nlm.layout",
         "nlm.plain",
@@ -38,7 +39,7 @@ LEVELS = [
     ["nlm.environment"],
     ["nlm.checkpoint", "nlm.faults", "nlm.fold", "nlm.metrics", "nlm.stop"],
     ["nlm.average", "nlm.compare", "nlm.export", "nlm.transition"],
-    ["nlm.train", "nlm.prove", "nlm.probe"],
+    ["nlm.launch", "nlm.train", "nlm.prove", "nlm.probe"],
     ["nlm.evaluate", "nlm.remove_norms"],
     ["nlm.cli", "nlm"],
     ["nlm.__main__"],

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# torchrun on this node: launch/torchrun.sh CONFIG [key=value …], with the variables of env.sh.
+#
+# The same command on every node, in any order; they meet at MASTER_ADDR:MASTER_PORT. If a node is lost, the others wait
+# half an hour for it: give the command there again. Each return counts as one of MAX_RESTARTS.
+set -euo pipefail
+# shellcheck source=launch/env.sh
+. "$(dirname "$0")/env.sh"
+
+if ((NNODES == 1)); then MASTER_PORT=0; fi # any free one
+NLM_STOPPED=$(mktemp -d)/stopped
+export NLM_STOPPED
+trap 'rm -rf "${NLM_STOPPED%/*}"' EXIT
+
+# Named by what they run, so that the nodes of two runs never mix.
+code=0
+stoppable TERM "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --nproc-per-node="$RANKS_PER_NODE" \
+    --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="nlm-$(cksum <<<"$*" | cut -d' ' -f1)" \
+    --rdzv-conf=join_timeout=1800 --max-restarts="$MAX_RESTARTS" --no-python "${0%/*}/rank.sh" "$@" || code=$?
+if [[ -e $NLM_STOPPED ]]; then code=75; fi
+if ((code == 75)); then code=${EXIT_STOPPED:-75}; fi # where 75 is taken for a failure, as by Kubeflow
+exit "$code"
