@@ -73,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as optim.lr=5e-4")
     train.set_defaults(run=_train)
 
+    preflight = verbs.add_parser("preflight", help="see before training whether ranks, hosts and links can carry it")
+    preflight.add_argument("config", metavar="CONFIG", help="a TOML file")
+    preflight.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as parallel.tp=2")
+    preflight.set_defaults(run=_preflight)
+
     probe = verbs.add_parser("probe", help="see before training what the signal does at initialization")
     probe.add_argument("config", metavar="CONFIG", help="a TOML file")
     probe.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as optim.lr=5e-4")
@@ -258,6 +263,13 @@ def _train(options: argparse.Namespace) -> None:
         train(config)
     except Stopped as stopped:
         sys.exit(_fail(REQUEUE, stopped))
+
+
+def _preflight(options: argparse.Namespace) -> None:
+    from nlm.build import load_config
+    from nlm.preflight import preflight
+
+    preflight(load_config(options.config, options.overrides))
 
 
 def _probe(options: argparse.Namespace) -> None:
