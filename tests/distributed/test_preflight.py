@@ -121,7 +121,10 @@ def blamed(said: str, check: str) -> set[str]:
 def test_all_ranks_end_and_say_the_same(unfit: Unfit) -> None:
     assert unfit.codes == {0: 1, 1: 1, 2: 1}
     assert unfit.said.startswith("nlm: preflight failed:\n") and "Traceback" not in unfit.said, unfit.said
-    assert {unfit.ranks.said(rank) for rank in range(3)} == {unfit.said}
+    for rank in range(3):  # torch has warnings of its own about addresses without a name
+        assert [line for line in unfit.ranks.said(rank).splitlines() if line.startswith("nlm: ")] == (
+            unfit.said.splitlines()
+        )
     assert not blamed(unfit.said, "health") and not list(unfit.run.glob(".preflight*"))
 
 
@@ -171,12 +174,12 @@ def launcher(ranks: Ranks, rank: int, **more: str) -> dict[str, str]:
 
 def test_a_check_that_never_ends(ranks: Ranks) -> None:
     """Its rank lives and beats; it is the one that is named. The checks after it are run all the same."""
-    ranks.run(0, [sys.executable, WORKER], (), launcher(ranks, 0, CHECK_S="20", FAULT="moody"))
-    ranks.run(1, [sys.executable, WORKER], (), launcher(ranks, 1, CHECK_S="20", FAULT="endless"))
+    ranks.run(0, [sys.executable, WORKER], (), launcher(ranks, 0, CHECK_S="30", FAULT="moody"))
+    ranks.run(1, [sys.executable, WORKER], (), launcher(ranks, 1, CHECK_S="30", FAULT="endless"))
     assert ranks.end() == {0: 1, 1: 1}
     said = ranks.everything()
     line = (
-        f"nlm: rank 1 on {HOST}: product: expected it to come to its end; came no end within 20 s; see what else runs"
+        f"nlm: rank 1 on {HOST}: product: expected it to come to its end; came no end within 30 s; see what else runs"
     )
     assert said.count(line) == 1
     assert f"nlm: rank 0 on {HOST}: product: expected the same product twice; came two that differ" in said
