@@ -78,7 +78,8 @@ def test_another_driver_on_one_host(make_config: MakeConfig) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_product_of_this_processor_is_within_rounding(dtype: torch.dtype) -> None:
     error, twice = checked(0, 96, dtype, torch.device("cpu"))
-    assert 0 < error < 1 and twice
+    # In float64 the CPU is compared with itself.
+    assert (0 if dtype == torch.float64 else 1e-9) <= error < 1 and twice
 
 
 def test_slow_and_wrong_products(make_config: MakeConfig) -> None:
