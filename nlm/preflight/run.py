@@ -16,6 +16,7 @@ import torch.distributed as dist
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store  # torch.distributed has them, unknown to mypy
 from torch.distributed.distributed_c10d import _get_default_store
 
 from nlm.config import Config
@@ -60,14 +61,14 @@ def _checked(config: Config, device: torch.device, check_s: float) -> str:
     """-> what all ranks have to say: nothing where all is well."""
     joined = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-    store = _get_default_store() if joined else dist.HashStore()
-    store = dist.PrefixStore("preflight", store)
+    store: Store = _get_default_store() if joined else HashStore()
+    store = PrefixStore("preflight", store)
     late: list[int] = []
     everything: dict[int, Found] = {rank: {} for rank in range(world_size)} if rank == 0 else {}
     ran = []
     for check in CHECKS:
         # A thread that is left behind may wait in its client of the store for ever, and no other can use it.
-        client = store.clone()
+        client: Store = store.clone()  # type: ignore[attr-defined]
         client.set_timeout(timedelta(seconds=2 * check_s))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         place = Place(config, device, client, rank, world_size, local_rank, socket.gethostname())
