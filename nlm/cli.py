@@ -81,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--dry-run", action="store_true", help="prints the commands instead of running them")
     launch.set_defaults(run=_launch)
 
+    preflight = verbs.add_parser("preflight", help="see before training whether ranks, hosts and links can carry it")
+    preflight.add_argument("config", metavar="CONFIG", help="a TOML file")
+    preflight.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as parallel.tp=2")
+    preflight.set_defaults(run=_preflight)
+
     probe = verbs.add_parser("probe", help="see before training what the signal does at initialization")
     probe.add_argument("config", metavar="CONFIG", help="a TOML file")
     probe.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, such as optim.lr=5e-4")
@@ -272,6 +277,13 @@ def _launch(options: argparse.Namespace) -> None:
     from nlm.launch import launch
 
     sys.exit(launch(options.config, options.overrides, options.cluster, options.sweep, options.dry_run))
+
+
+def _preflight(options: argparse.Namespace) -> None:
+    from nlm.build import load_config
+    from nlm.preflight import preflight
+
+    preflight(load_config(options.config, options.overrides))
 
 
 def _probe(options: argparse.Namespace) -> None:

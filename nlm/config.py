@@ -183,9 +183,11 @@ class TrainConfig(Section):
     the vocabulary. `masked_share`: of the tokens, those that an encoder is to predict.
 
     `start`: a checkpoint with whose weights the run begins, in the place of random ones; nothing else is taken from it.
+    `preflight`: whether ranks, hosts and links are tested before.
     """
 
     steps: PositiveInt
+    preflight: bool = False
     start: str | None = None
     stop_after: PositiveInt | None = None
     max_minutes: PositiveFloat | None = None

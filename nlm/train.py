@@ -35,6 +35,7 @@ from nlm.optim import learning_rate
 from nlm.parallel.engine import Engine
 from nlm.parallel.launch import process_group
 from nlm.plan.choose import settled
+from nlm.preflight import preflight
 from nlm.runtime import collected_by_hand, denormals_flushed, keep_freed_memory, peak_memory_gib, pick_device
 from nlm.sinks import refuse_missing_libraries
 from nlm.statistics.diagnose import first_bad_layer
@@ -47,11 +48,14 @@ from nlm.stop import Stopped, StopRequest
 def train(config: Config) -> Path:
     """Trains to train.steps, from the newest checkpoint of log.dir if it has one; returns log.dir.
 
-    Errors: ValueError before anything is allocated, for data or a checkpoint that does not fit the config;
-    FloatingPointError when steps had to be left out again after the run went back, or it has no checkpoint to go back
-    to; Stopped when a signal or train.max_minutes ended it early, its checkpoint written.
+    Errors: ValueError before anything is allocated, for data or a checkpoint that does not fit the config; Unfit for
+    ranks, hosts or links with which train.preflight is not content; FloatingPointError when steps had to be left out
+    again after the run went back, or it has no checkpoint to go back to; Stopped when a signal or train.max_minutes
+    ended it early, its checkpoint written.
     """
     refuse_missing_libraries(config)
+    if config.train.preflight:
+        preflight(config)
     device = pick_device()
     with process_group(config, device) as step_ended, denormals_flushed():
         mesh = Mesh(config.parallel, device)

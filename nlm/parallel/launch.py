@@ -135,7 +135,7 @@ def _join(me: Me, what: Mapping[str, Any], limits: Limits) -> Store:
     if not me.hosts_store:
         _await_server(me, limits)
     try:
-        tcp = _within(2 * limits.answer_s, lambda: _connect(me, limits.answer_s))
+        tcp = within(2 * limits.answer_s, lambda: _connect(me, limits.answer_s))
         # Of a launch before a restart, or of an earlier run of these processes, nothing is in the way.
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"nlm/{me.world_size}/{restart}/{_joins[me.store]}", tcp)
@@ -244,7 +244,7 @@ def _listed(items: Iterable[str], most: int = 8) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def _within(limit_s: float, call: Callable[[], T]) -> T:
+def within(limit_s: float, call: Callable[[], T]) -> T:
     """Errors: TimeoutError; the call, in C++ without end, is left behind in a daemon thread."""
     results: list[T | Exception] = []
 

@@ -44,7 +44,7 @@ def one(run_config: RunConfig) -> Config:
 @pytest.mark.parametrize(
     ("launcher", "layout"),
     [
-        ("torchrun", ["parallel.tp=2"]),
+        ("torchrun", ["parallel.tp=2", "train.preflight=true"]),
         ("torchrun", ["parallel.pp=2", "parallel.microbatches=2"]),
         ("deepspeed", ["parallel.dp_replicate=2"]),
         ("deepspeed", ["parallel.engine=deepspeed", "parallel.zero=3", "parallel.dp_shard=2"]),
@@ -62,6 +62,7 @@ def test_a_run(launcher: str, layout: list[str], one: Config, tmp_path: Path) ->
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("parameters in 3 layers on cpu x") == 1, done.stdout
     assert done.stdout.count("step 8/8") == 1, done.stdout
+    assert done.stdout.count("preflight: 2 ranks on 1 host") == ("train.preflight=true" in layout), done.stdout
     reference = Path(one.log.dir)
     assert losses(run) == pytest.approx(losses(reference), rel=1e-5)
     last, expected = (json.loads((r / "metrics.jsonl").read_text().splitlines()[-1]) for r in (run, reference))

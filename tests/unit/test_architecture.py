@@ -38,7 +38,7 @@ LEVELS = [
     ["nlm.plan"],
     ["nlm.environment"],
     ["nlm.checkpoint", "nlm.faults", "nlm.fold", "nlm.metrics", "nlm.stop"],
-    ["nlm.average", "nlm.compare", "nlm.export", "nlm.transition"],
+    ["nlm.average", "nlm.compare", "nlm.preflight", "nlm.export", "nlm.transition"],
     ["nlm.launch", "nlm.train", "nlm.prove", "nlm.probe"],
     ["nlm.evaluate", "nlm.remove_norms"],
     ["nlm.cli", "nlm"],
