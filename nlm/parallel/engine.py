@@ -21,6 +21,7 @@ from nlm.optim import (
     make_optimizer,
     projection,
 )
+from nlm.parallel import waits
 from nlm.parallel.pieces import Pieces
 
 
@@ -168,6 +169,8 @@ class WholeEngine(TorchEngine):
                 init_sync=False,
                 broadcast_buffers=False,
             )
+            first = next(model.parameters())  # its gradient is the last
+            first.register_post_accumulate_grad_hook(lambda _: waits.current and waits.current.computed())
 
     def train(self, rows: Batch) -> list[Tensor]:
         losses = []
@@ -175,6 +178,8 @@ class WholeEngine(TorchEngine):
             with self._communicate(last=i + 1 == self.microbatches):
                 loss = self.model(*part.arguments()) * self.scale
                 loss.backward()
+            if waits.current:
+                waits.current.reduced()
             losses.append(loss.detach())
         return losses
 
