@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+import nlm.parallel.waits as waits
 from nlm.batch import Batch
 from nlm.config import Config
 from nlm.mesh import Mesh
@@ -21,7 +22,6 @@ from nlm.optim import (
     make_optimizer,
     projection,
 )
-from nlm.parallel import waits
 from nlm.parallel.pieces import Pieces
 
 

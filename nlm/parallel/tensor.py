@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+import nlm.parallel.waits as waits
 from nlm.anatomy import CUT_AXES, IGNORED, Axis, Span
-from nlm.parallel import waits
 
 Group = str
 """A process group's name: unlike the group itself, a constant that a compiled graph can hold."""
