@@ -97,7 +97,7 @@ def keep_lines(run: Path) -> None:
     sys.stdout, sys.stderr = streams
     for handler in _handlers():  # torch's were made when it was imported
         if handler.stream in before:
-            handler.setStream(streams[before.index(handler.stream)])
+            handler.setStream(streams[before.index(handler.stream)])  # type: ignore[arg-type]
     faulthandler.enable(file=_file.fd)
 
 
