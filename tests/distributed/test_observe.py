@@ -44,13 +44,22 @@ def script(folder: Path, name: str, text: str) -> Path:
     return path
 
 
+SLEEPS = """
+begun = None
+
+def sleeps():
+    '''Twice what its step took without this, and more: on a busy machine steps take as long as they like.'''
+    global begun
+    if os.environ["RANK"] == "1":
+        time.sleep(0.3 + 2 * (0 if begun is None else time.monotonic() - begun))
+        begun = time.monotonic()
+"""
 SLOW_READS = """
 import nlm.data.rank
 rows = nlm.data.rank.RankData.rows
 
 def slow(self, batch):
-    if os.environ["RANK"] == "1":
-        time.sleep(0.5)
+    sleeps()
     return rows(self, batch)
 
 nlm.data.rank.RankData.rows = slow
@@ -60,8 +69,7 @@ from nlm.build import build_engine
 
 def slowed(config, mesh):
     engine = build_engine(config, mesh)
-    if os.environ["RANK"] == "1":
-        engine.models[0].register_forward_pre_hook(lambda *_: time.sleep(0.5))
+    engine.models[0].register_forward_pre_hook(lambda *_: sleeps())
     return engine
 
 nlm.train.build_engine = slowed
@@ -80,22 +88,21 @@ nlm.train.build_engine = slowed
 def test_a_slow_rank_is_named(
     slow: str, layout: dict[str, int], why: str, run_config: RunConfig, tmp_path: Path
 ) -> None:
-    """By half a second a step, of which the other takes a small part."""
     config = run_config("run", train={"steps": 15}, log={"every": 5}, parallel=layout)
     (path := tmp_path / "run.toml").write_text(config.to_toml())
-    done = torchrun(2, script(tmp_path, "slow", slow), "train", path)
+    done = torchrun(2, script(tmp_path, "slow", SLEEPS + slow), "train", path)
     assert done.returncode == 0, done.stdout
     run = Path(config.log.dir)
     said = rf"ALARM since step \d+: straggler: rank 1 on {re.escape(HOST)}: \S+ × .*\), {why}"
     assert len(re.findall(said, done.stdout)) == 1 and done.stdout.count("straggler:") == 1, done.stdout
     assert re.search(rf"a step took .* rank 1 on {re.escape(HOST)}, \S+ × the others'", done.stdout), done.stdout
     (alarm,) = lines(run / "alarms.jsonl")
-    assert alarm["rank"] == 1 and alarm["seen"] - alarm["expected"] > 0.25 and alarm["step"] >= 10
+    assert alarm["rank"] == 1 and alarm["seen"] > 1.2 * alarm["expected"] and alarm["step"] >= 10
     for record in lines(run / "timing.jsonl")[1:]:
         own, wait, data, step = (record[name]["p50"] for name in ("own_s", "wait_s", "data_s", "step_s"))
-        assert own[1] > 0.5 and wait[0] > wait[1] and own[0] < own[1]
-        assert (data[1] > 0.5) == (slow is SLOW_READS) and data[0] < 0.5
-        assert step == pytest.approx([o + w for o, w in zip(own, wait, strict=True)], rel=0.3)
+        assert own[1] > 0.3 and own[0] < own[1] and wait[0] > wait[1]
+        assert (data[1] > own[1] / 2) == (slow is SLOW_READS), "of its own time"
+        assert all(part <= whole for parts in (own, wait, data) for part, whole in zip(parts, step, strict=True))
     html = page(read_runs([run]))
     table = html.partition("Time by rank")[2].partition("</table>")[0]
     assert re.findall(r"<tr><td>(\d)</td>", table) == ["1", "0"], "the slowest first"
