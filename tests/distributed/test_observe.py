@@ -51,7 +51,7 @@ def sleeps():
     '''Twice what its step took without this, and more: on a busy machine steps take as long as they like.'''
     global begun
     if os.environ["RANK"] == "1":
-        time.sleep(0.3 + 2 * (0 if begun is None else time.monotonic() - begun))
+        time.sleep(0.3 + min(4, 2 * (0 if begun is None else time.monotonic() - begun)))
         begun = time.monotonic()
 """
 SLOW_READS = """
