@@ -47,7 +47,7 @@ class StepTimes(Waits):
         super().__enter__()
         self.hosts = _of_all(self.mesh, socket.gethostname())
         # The stages of a pipeline have different work: a rank is compared with those that do the same.
-        self.peers = _peers(_of_all(self.mesh, self.mesh.rank("pp")))
+        self.stages = _of_all(self.mesh, self.mesh.rank("pp"))
         return self
 
     def restart(self) -> None:
@@ -116,10 +116,10 @@ class Straggler:
 
 
 class Stragglers:
-    """Judges every logged step by each rank's median own time beside the median of its peers, itself left out."""
+    """Judges every logged step by each rank's median own time beside that of the ranks of its stage."""
 
-    def __init__(self, hosts: Sequence[str], peers: Sequence[Sequence[int]], after: int) -> None:
-        self.hosts, self.peers, self._last = hosts, peers, after
+    def __init__(self, hosts: Sequence[str], stages: Sequence[int], after: int) -> None:
+        self.hosts, self.stages, self._last = hosts, np.array(stages), after
         self._slow: dict[int, tuple[int, int, int]] = {}
         """By rank: since which step, and for how many records and steps."""
         self._named: set[int] = set()
@@ -128,8 +128,7 @@ class Stragglers:
         """Those that it is time to name: once, until they are no longer slow."""
         step_s, data_s, _, own_s = table[:, :, 0].T
         found = []
-        for rank, peers in enumerate(self.peers):
-            usual = median(own_s[other] for other in peers) if peers else np.inf
+        for rank, usual in enumerate(_usual(own_s, self.stages)):
             if own_s[rank] < SLOWER * usual or own_s[rank] - usual < SHARE * step_s[rank]:
                 self._slow.pop(rank, None)
                 self._named.discard(rank)
@@ -143,8 +142,8 @@ class Stragglers:
                 f"{data_s[rank]:.3g} s of it reading data" if data_s[rank] > (own_s[rank] - usual) / 2 else "computing"
             )
             text = (
-                f"straggler: rank {rank} on {self.hosts[rank]}: {own_s[rank] / usual:.2g} × the median own time of a "
-                f"step of its peers ({own_s[rank]:.3g} s, {usual:.3g} s), {read}"
+                f"straggler: rank {rank} on {self.hosts[rank]}: {own_s[rank] / usual:.2g} × the own time a step of "
+                f"the others ({own_s[rank]:.3g} s, {usual:.3g} s), {read}"
             )
             found.append(
                 Straggler(step, rank, self.hosts[rank], "own_s", float(usual), float(own_s[rank]), since, text)
@@ -190,8 +189,14 @@ def _of_all(mesh: Mesh, value: Any) -> list[Any]:
     return values
 
 
-def _peers(stages: Sequence[int]) -> list[list[int]]:
-    """For every rank the others of its stage; where it has that to itself, all others."""
-    ranks = range(len(stages))
-    same = ([other for other in ranks if other != rank and stages[other] == stages[rank]] for rank in ranks)
-    return [others or [other for other in ranks if other != rank] for rank, others in enumerate(same)]
+def _usual(own_s: NDArray[np.float64], stages: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[ranks] -> [ranks]: what the ranks of the same stage take, or all where each has a stage to itself: of two, each
+    what the other does, of more the median; a rank alone has nobody beside it."""
+    usual = np.full_like(own_s, np.inf)
+    if len(np.unique(stages)) == len(stages):
+        stages = np.zeros_like(stages)
+    for stage in np.unique(stages):
+        same = np.flatnonzero(stages == stage)
+        if len(same) > 1:
+            usual[same] = own_s[same[::-1]] if len(same) == 2 else np.median(own_s[same])
+    return usual

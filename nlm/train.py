@@ -131,7 +131,7 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
         if start:
             log.say(f"resuming after step {start}")
     monitor = resumed_monitor(run.folder, engine.whole, steps, start) if log and run.statistics else None
-    stragglers = Stragglers(times.hosts, times.peers, start)
+    stragglers = Stragglers(times.hosts, times.stages, start)
     times.restart()
     clock = Clock(config.train.batch_tokens)
     for step in range(start + 1, until + 1):
