@@ -176,8 +176,10 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
                 alarms = monitor.judge(step, vectors) if monitor and vectors else []
                 log.write(step, scalars, vectors, facts, monitor.worst if monitor else None)
                 log.timing(step, steps_timed, table, times.hosts)
-                for alarm in [*alarms, *stragglers.judge(step, steps_timed, table)]:
+                for alarm in alarms:
                     log.alarm(alarm)
+                for straggler in stragglers.judge(step, steps_timed, table):
+                    log.alarm(straggler)
         elif log:
             log.advance(step)
         if logs or reason:

@@ -170,7 +170,7 @@ class WholeEngine(TorchEngine):
                 broadcast_buffers=False,
             )
             first = next(model.parameters())  # its gradient is the last
-            first.register_post_accumulate_grad_hook(lambda _: waits.current and waits.current.computed())
+            first.register_post_accumulate_grad_hook(lambda _: waits.computed())
 
     def train(self, rows: Batch) -> list[Tensor]:
         losses = []
@@ -178,8 +178,7 @@ class WholeEngine(TorchEngine):
             with self._communicate(last=i + 1 == self.microbatches):
                 loss = self.model(*part.arguments()) * self.scale
                 loss.backward()
-            if waits.current:
-                waits.current.reduced()
+            waits.reduced()
             losses.append(loss.detach())
         return losses
 

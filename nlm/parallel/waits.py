@@ -45,7 +45,7 @@ class Waits:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.spans: list[tuple[Moment, Moment]] | None = None
-        self._computed: Moment | None = None
+        self.computed: Moment | None = None
 
     def now(self) -> Moment:
         if self.device.type == "cpu":
@@ -63,17 +63,6 @@ class Waits:
         yield
         spans.append((begin, self.now()))
 
-    def computed(self) -> None:
-        """A backward has computed the last of its gradients."""
-        if self.spans is not None:
-            self._computed = self.now()
-
-    def reduced(self) -> None:
-        """The same backward is done."""
-        if self.spans is not None and self._computed is not None:
-            self.spans.append((self._computed, self.now()))
-        self._computed = None
-
     def __enter__(self) -> Self:
         global current
         current, self._wait = self, dist.Work.wait
@@ -90,6 +79,19 @@ class Waits:
 
 current: Waits | None = None
 """The one that is entered."""
+
+
+def computed() -> None:
+    """A backward has computed the last of its gradients."""
+    if current is not None and current.spans is not None:
+        current.computed = current.now()
+
+
+def reduced() -> None:
+    """The same backward is done."""
+    if current is not None and current.spans is not None and current.computed is not None:
+        current.spans.append((current.computed, current.now()))
+        current.computed = None
 
 
 def _timed(waits: Waits, wait: Callable[..., Any]) -> Callable[..., Any]:
