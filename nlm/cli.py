@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from nlm.parallel.ranklog import complain, keep_lines, keep_traceback
+
 EXAMPLES = """\
 examples:
   nlm tokenize plays/ --train-tokenizer 1024 --out data/plays
@@ -36,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (FloatingPointError, OSError) as error:
+        keep_traceback()
         return _fail(1, error)
     except KeyboardInterrupt:
         return _fail(130, "interrupted; the same command goes on from the last checkpoint")
     except ValueError as error:
+        keep_traceback()
         return _fail(2, error)
     return 0
 
@@ -52,8 +56,7 @@ def _fail(code: int, error: object) -> int:
         time.sleep(LAUNCHER_GRACE_S)
     if told:
         return code
-    for line in str(error).splitlines():
-        print(f"nlm: {line}", file=sys.stderr)
+    complain(str(error))
     return code
 
 
@@ -267,6 +270,7 @@ def _train(options: argparse.Namespace) -> None:
 
     faulthandler.enable(file=2)  # of a crash in native code one learns at least from where it was called
     config = load_config(options.config, options.overrides)
+    keep_lines(Path(config.log.dir))
     try:
         train(config)
     except Stopped as stopped:

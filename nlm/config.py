@@ -466,11 +466,19 @@ class MlflowConfig(Section):
     experiment: str = "nlm"
 
 
+class PrometheusConfig(Section):
+    """An endpoint for Prometheus, from `pip install 'nlm[prometheus]'`: http://HOST:PORT/metrics of the rank that
+    speaks, while it trains. Whoever reaches `host` can read it; by default only this machine does."""
+
+    port: int = Field(default=9400, ge=1, le=65535)
+    host: str = "127.0.0.1"
+
+
 class LogConfig(Section):
     """`dir` is the run's folder, by default runs/NAME of the config file; a line is logged every `every` steps.
 
     `peak_tflops` of a rank, for MFU where the device is none of those whose peak is known. With a table `wandb` or
-    `mlflow` numbers and pictures go there as well.
+    `mlflow` numbers and pictures go there as well; with a table `prometheus` numbers can be asked for.
     """
 
     dir: str
@@ -479,6 +487,7 @@ class LogConfig(Section):
     peak_tflops: PositiveFloat | None = None
     wandb: WandbConfig | None = None
     mlflow: MlflowConfig | None = None
+    prometheus: PrometheusConfig | None = None
 
 
 class EvaluateConfig(Section):

@@ -4,12 +4,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 import numpy as np
 from rich.console import Console
@@ -25,6 +26,7 @@ from nlm.sinks import pixels, sinks
 from nlm.statistics.draw import live_figures
 from nlm.statistics.health import Alarm
 from nlm.statistics.store import LayerWriter, StoredLayers
+from nlm.timing import Straggler, Table, record, summary
 
 Scalars = Mapping[str, float]
 
@@ -44,6 +46,7 @@ class Log:
         self._efficiency = Efficiency(self.config, device_name(device))
         self._stack = ExitStack()
         self._jsonl, self._alarms = (self._go_on(f"{name}.jsonl") for name in ("metrics", "alarms"))
+        self._timing, self._timed = self._go_on("timing.jsonl"), deque[dict[str, Any]](maxlen=1000)
         self._layers = None
         if self.config.statistics.enabled:
             writer = LayerWriter(self.run, self.config.model.n_all_layers, self.start)
@@ -57,6 +60,8 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None and self._timed:
+            self.say(summary(self._timed))
         self._stack.__exit__(kind, error, trace)
 
     def _go_on(self, name: str) -> TextIO:
@@ -74,7 +79,13 @@ class Log:
     def eta_s(self, step: int) -> float:
         return (time.perf_counter() - self._began) / (step - self.start) * (self.steps - step)
 
-    def alarm(self, alarm: Alarm) -> None:
+    def timing(self, step: int, steps: int, table: Table, hosts: Sequence[str]) -> None:
+        """Times of the ranks over the last `steps` steps, kept in `timing.jsonl`."""
+        self._timed.append(record(steps, table, hosts))
+        self._timing.write(json.dumps({"step": step} | self._timed[-1]) + "\n")
+        self._timing.flush()
+
+    def alarm(self, alarm: Alarm | Straggler) -> None:
         """Says it, and keeps it in `alarms.jsonl`."""
         self._alarms.write(json.dumps(asdict(alarm)) + "\n")
         self._alarms.flush()
@@ -92,8 +103,8 @@ class Log:
         """One logged step: scalars by name; with statistics a vector [L] a quantity; facts, which nobody draws; and, in
         words, the layer that is farthest from what it should be."""
         scalars = {**scalars, **self._efficiency.of(scalars["tokens_s"])}
-        record = {"step": step, **scalars, **facts} | ({} if worst is None else {"worst_layer": worst})
-        self._jsonl.write(json.dumps(record) + "\n")
+        line = {"step": step, **scalars, **facts} | ({} if worst is None else {"worst_layer": worst})
+        self._jsonl.write(json.dumps(line) + "\n")
         self._jsonl.flush()
         if vectors is not None and self._layers is not None:
             self._layers.write(step, dict(vectors))

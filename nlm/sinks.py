@@ -1,10 +1,12 @@
-"""Where a run's numbers and pictures are shown beside its own folder: TensorBoard, Weights & Biases, MLflow.
+"""Where a run's numbers and pictures are shown beside its own folder: TensorBoard, Weights & Biases, MLflow,
+Prometheus.
 
 All get the same, under a number of names that does not grow with depth. A run that goes on does so in the run that it
 began there, whose identifier is kept in its folder.
 """
 
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -18,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from nlm.config import Config, ConfigError, MlflowConfig, WandbConfig, dotted
+from nlm.config import Config, ConfigError, MlflowConfig, PrometheusConfig, WandbConfig, dotted
 
 Picture = NDArray[np.uint8]
 """[height width 3]."""
@@ -121,18 +123,116 @@ class Mlflow(Sink):
         self._client.set_terminated(self._id, "FINISHED" if kind is None else "FAILED")
 
 
-EXTRAS: dict[str, type[Sink]] = {"wandb": Wandb, "mlflow": Mlflow}
-"""By the name of the key in [log], of the library and of the extra that brings it."""
+class Prometheus(Sink):
+    """Serves the scalars of the last logged step, at http://HOST:PORT/metrics, in Prometheus's text format or in
+    OpenMetrics, whichever is asked for. Pictures it has none."""
+
+    def __init__(self, run: Path, config: Config, start: int) -> None:
+        from prometheus_client import CollectorRegistry, start_http_server
+        from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+
+        choice = config.log.prometheus or PrometheusConfig()
+        self._gauge, self._info = GaugeMetricFamily, InfoMetricFamily
+        self._labels = {"run": run.name}
+        self._facts = facts(config)
+        self._last: tuple[int, dict[str, float], float] | None = None  # replaced as a whole: another thread reads it
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)  # type: ignore[arg-type]
+        try:
+            self._server, self._thread = start_http_server(choice.port, choice.host, registry)
+        except OSError as error:
+            raise ConfigError(
+                [
+                    f"log.prometheus: cannot listen at {choice.host}:{choice.port} ({error.strerror or error}); set "
+                    "another log.prometheus.port, or host"
+                ]
+            ) from None
+
+    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._last = step, dict(scalars), time.time()
+
+    def picture(self, step: int, name: str, picture: Picture) -> None:
+        pass
+
+    def collect(self) -> Iterator[Any]:
+        """What prometheus_client asks at every request: metric families, of scalars of one name and other parts one."""
+        yield self._info("nlm_run", "What is trained.", value=self._labels | self._facts)
+        if self._last is None:
+            return
+        step, scalars, at = self._last
+        families: dict[str, Any] = {}
+        for key, value in ({"step": step, "logged": at} | scalars).items():
+            key, _, part = key.partition("/")
+            name, unit, factor, text = GAUGES.get(key) or (key, "", 1, f"{key} of metrics.jsonl.")
+            family = families.setdefault(key, self._gauge(f"nlm_{name}", text, unit=unit))
+            label = {PART_LABELS.get(key, "direction"): part} if part else {}
+            family.add_sample(family.name, self._labels | label, value * factor)
+        yield from families.values()
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+GAUGES = {
+    "step": ("step", "", 1, "The last logged step."),
+    "logged": ("logged_timestamp", "seconds", 1, "When that was, since the epoch of Unix."),
+    "loss": ("loss", "", 1, "Training loss of a batch, nats a token."),
+    "grad_norm": ("grad_norm", "", 1, "Norm of the gradient, before clipping."),
+    "lr": ("learning_rate", "", 1, "Learning rate."),
+    "step_s": ("step_seconds", "seconds", 1, "Time of a step, the mean since the last logged one."),
+    "tokens_s": ("tokens_per_second", "", 1, "Target tokens a second, of all ranks."),
+    "peak_memory_gib": ("peak_memory_bytes", "bytes", 2**30, "Peak memory of the rank that speaks."),
+    "tflops_per_rank": ("flops_per_second", "", 1e12, "Model FLOPs a second, of one rank."),
+    "mfu": ("mfu_ratio", "ratio", 1, "Model FLOPs over the peak of the device."),
+    "epoch": ("epoch", "", 1, "Passes over the corpus, or over a source of it."),
+    "rows": ("rows", "", 1, "Rows read, of a source."),
+    "validation_loss": ("validation_loss", "", 1, "Validation loss, nats a token."),
+    "validation_perplexity": ("validation_perplexity", "", 1, "exp of the validation loss."),
+    "validation_bits_per_byte": ("validation_bits_per_byte", "", 1, "Validation loss in bits a byte of text."),
+    "validation_accuracy": ("validation_accuracy_ratio", "ratio", 1, "Share of masked tokens that are told right."),
+    "bleu": ("bleu", "", 1, "BLEU of translations of the validation pairs, of 100."),
+    "chrf": ("chrf", "", 1, "chrF of translations of the validation pairs, of 100."),
+}
+"""Name, unit, how many of it make one of ours, and help, by the name in `metrics.jsonl`."""
+PART_LABELS = {"epoch": "source", "rows": "source"}
+"""Of a scalar `name/part`, what a part is, where it is not a direction of translation."""
+
+
+def facts(config: Config) -> dict[str, str]:
+    """Of a config, what tells runs apart at a glance."""
+    model, train = config.model, config.train
+    return {
+        "scheme": model.scheme.name,
+        "architecture": model.architecture,
+        "n_layers": str(model.n_all_layers),
+        "dim": str(model.dim),
+        "seq_len": str(train.seq_len),
+        "batch_tokens": str(train.batch_tokens),
+        "steps": str(train.steps),
+        "precision": train.precision,
+        "optimizer": config.optim.name,
+        "ranks": str(config.parallel.ranks),
+    }
+
+
+EXTRAS: dict[str, tuple[str, type[Sink]]] = {
+    "wandb": ("wandb", Wandb),
+    "mlflow": ("mlflow", Mlflow),
+    "prometheus": ("prometheus_client", Prometheus),
+}
+"""The library and what uses it, by the name of the key in [log] and of the extra that brings the library."""
 
 
 def refuse_missing_libraries(config: Config) -> None:
     """Errors: ConfigError."""
     if config.evaluate.translations and find_spec("sacrebleu") is None:
         raise ConfigError(["evaluate.translations: needs sacreBLEU; pip install 'nlm[translation]', or set 0"])
-    if missing := [name for name in _chosen(config) if find_spec(name) is None]:
+    if missing := {name: EXTRAS[name][0] for name in _chosen(config) if find_spec(EXTRAS[name][0]) is None}:
         raise ConfigError(
-            f"log.{name}: the library {name} is not installed; pip install 'nlm[{name}]', or remove the table"
-            for name in missing
+            f"log.{name}: the library {library} is not installed; pip install 'nlm[{name}]', or remove the table"
+            for name, library in missing.items()
         )
 
 
@@ -141,7 +241,7 @@ def sinks(run: Path, config: Config, start: int) -> Iterator[Sink]:
     if config.log.tensorboard:
         yield TensorBoard(run, config, start)
     for name in _chosen(config):
-        yield EXTRAS[name](run, config, start)
+        yield EXTRAS[name][1](run, config, start)
 
 
 def _chosen(config: Config) -> list[str]:

@@ -43,6 +43,7 @@ from nlm.statistics.health import resumed_monitor
 from nlm.statistics.record import LayerStatistics
 from nlm.statistics.store import read_layers
 from nlm.stop import Stopped, StopRequest
+from nlm.timing import StepTimes, Stragglers
 
 
 def train(config: Config) -> Path:
@@ -80,6 +81,7 @@ class Run:
     faults: Faults
     statistics: LayerStatistics | None
     translations: Callable[[], dict[str, float]] | None
+    times: StepTimes
     stop: StopRequest
     step_ended: Callable[[], None]
 
@@ -109,8 +111,9 @@ def _train(config: Config, mesh: Mesh, stop: StopRequest, step_ended: Callable[[
         from nlm.decode.translate import ValidationScores  # scored by an optional extra
 
         translations = ValidationScores(engine, data.validation_pairs)
-    run = Run(folder, config, mesh, data, engine, guard, faults, statistics, translations, stop, step_ended)
-    with Checkpointer(folder, engine, data.corpus, guard) as checkpointer:
+    times = StepTimes(mesh)
+    run = Run(folder, config, mesh, data, engine, guard, faults, statistics, translations, times, stop, step_ended)
+    with Checkpointer(folder, engine, data.corpus, guard) as checkpointer, times:
         while True:
             latest = checkpoints(folder)[-1:]
             start = resume(latest[0], engine, data.corpus, guard) if latest else 0
@@ -123,7 +126,7 @@ def _train(config: Config, mesh: Mesh, stop: StopRequest, step_ended: Callable[[
 
 def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) -> str | Rollback | None:
     """The steps after `start` -> why they ended early, if they did."""
-    config, mesh, engine, guard = run.config, run.mesh, run.engine, run.guard
+    config, mesh, engine, guard, times = run.config, run.mesh, run.engine, run.guard, run.times
     steps, until = config.train.steps, last_step(config)
     if log:
         log.say(_greeting(engine, mesh))
@@ -132,6 +135,8 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
         if start:
             log.say(f"resuming after step {start}")
     monitor = resumed_monitor(run.folder, engine.whole, steps, start) if log and run.statistics else None
+    stragglers = Stragglers(times.hosts, times.stages, start)
+    times.restart()
     clock = Clock(config.train.batch_tokens)
     for step in range(start + 1, until + 1):
         evaluates, saves = due(step, steps, config.evaluate.every), due(step, until, config.checkpoint.every)
@@ -139,7 +144,9 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
         logs |= run.statistics is not None and run.statistics.due(step)
         recording = run.statistics if logs else None
 
+        times.begin()
         rows = run.data.rows(batch := run.faults.batch(step))
+        times.has_data()
         if recording:
             recording.begin(rows, step)
         loss = engine.total(engine.forward_backward(rows))
@@ -154,6 +161,7 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
         clock.count()
         run.step_ended()
         reason = run.stop.agreed()
+        times.end()
         if logs:
             vectors = recording.vectors(grad_norms) if recording else None
             scalars = {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr, **clock.read()}
@@ -167,11 +175,15 @@ def _steps(run: Run, start: int, checkpointer: Checkpointer, log: Log | None) ->
                 if config.model.is_encoder and (batches := run.data.validation_batches()) is not None:
                     scalars["validation_accuracy"] = accuracy(engine, batches)
             facts = {"batch": batch, "batch_digest": run.data.digest(rows)}
+            steps_timed, table = times.table()
             if log:
                 alarms = monitor.judge(step, vectors) if monitor and vectors else []
                 log.write(step, scalars, vectors, facts, monitor.worst if monitor else None)
+                log.timing(step, steps_timed, table, times.hosts)
                 for alarm in alarms:
                     log.alarm(alarm)
+                for straggler in stragglers.judge(step, steps_timed, table):
+                    log.alarm(straggler)
         elif log:
             log.advance(step)
         if logs or reason:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+import nlm.parallel.waits as waits
 from nlm.batch import Batch
 from nlm.config import Config
 from nlm.mesh import Mesh
@@ -168,6 +169,8 @@ class WholeEngine(TorchEngine):
                 init_sync=False,
                 broadcast_buffers=False,
             )
+            first = next(model.parameters())  # its gradient is the last
+            first.register_post_accumulate_grad_hook(lambda _: waits.computed())
 
     def train(self, rows: Batch) -> list[Tensor]:
         losses = []
@@ -175,6 +178,7 @@ class WholeEngine(TorchEngine):
             with self._communicate(last=i + 1 == self.microbatches):
                 loss = self.model(*part.arguments()) * self.scale
                 loss.backward()
+            waits.reduced()
             losses.append(loss.detach())
         return losses
 

@@ -49,7 +49,8 @@ def doing(folder: Path, rank: int) -> Doing:
     names = {str(entry["pg_id"]): entry["process_group"][0] for entry in entries}
     begun = {names[n]: count["last_enqueued_collective"] for n, count in record["pg_status"].items() if n in names}
     unfinished = [entry for entry in entries if not entry["is_p2p"] and not entry["retired"]]
-    stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    stack = [frame for frame in frames if Path(frame.filename).name != "waits.py"]  # which times what waits
     # Sends and receives of a pipeline are no collectives.
     inside = stack[-1].name if "/torch/distributed/" in stack[-1].filename else None
     waits_in = _described(unfinished[0]) if unfinished else inside

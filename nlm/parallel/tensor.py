@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+import nlm.parallel.waits as waits
 from nlm.anatomy import CUT_AXES, IGNORED, Axis, Span
 
 Group = str
@@ -100,13 +101,13 @@ class TensorParallel(Ranks):
 def reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
     """[…] -> […]: the sum over a group, or another `op`, without a gradient."""
     y: Tensor = torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group)
-    return torch.ops._c10d_functional.wait_tensor(y)  # type: ignore[no-any-return]
+    return _waited(y)
 
 
 def _gather(x: Tensor, group: Group, size: int) -> Tensor:
     """[B S/n D] -> [B S D]."""
     y: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)  # [n·B S/n D]
-    y = torch.ops._c10d_functional.wait_tensor(y)
+    y = _waited(y)
     return y.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
 
 
@@ -114,7 +115,15 @@ def _scatter(x: Tensor, group: Group, size: int) -> Tensor:
     """Partial sums [B S D] -> [B S/n D]."""
     parts = x.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)  # [n·B S/n D]
     y: Tensor = torch.ops._c10d_functional.reduce_scatter_tensor(parts.contiguous(), "sum", size, group)
-    return torch.ops._c10d_functional.wait_tensor(y)  # type: ignore[no-any-return]
+    return _waited(y)
+
+
+def _waited(y: Tensor) -> Tensor:
+    """What a collective gives, once it is there."""
+    if torch.compiler.is_compiling() or waits.current is None:
+        return torch.ops._c10d_functional.wait_tensor(y)  # type: ignore[no-any-return]
+    with waits.current.span():
+        return torch.ops._c10d_functional.wait_tensor(y)  # type: ignore[no-any-return]
 
 
 class _Enter(Function):

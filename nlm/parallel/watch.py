@@ -8,7 +8,6 @@ a fixed number of keys, however many ranks there are; only when all hang, one re
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store  # torch.distributed has it, unknown to mypy
 
 from nlm.parallel.hang import Doing, blamed, doing
+from nlm.parallel.ranklog import complain
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Watch:
                 self._learn(self._store_fault(f"has not answered for {self.limits.silent_s:g} s"))
         # The main thread may be about to raise the same error itself, and what it does after one may hang as well.
         if not (self.reporting.wait(self.limits.grace_s) and self.stopped.wait(3 * self.limits.grace_s)):
-            print(*(f"nlm: {line}" for line in str(self.fault).splitlines()), sep="\n", file=sys.stderr, flush=True)
+            complain(str(self.fault))
             os._exit(1)
 
     def _learn(self, fault: Fault) -> None:

@@ -26,6 +26,7 @@ from nlm.statistics.profile import HEIGHT, WIDTH, Profile, profile
 from nlm.statistics.runs import Run
 from nlm.statistics.store import STEP
 from nlm.statistics.svg import INK, run_colour, svg
+from nlm.timing import MEASURES, PERCENTILES, by_rank
 
 TELLING = {"grad_norm": "layer", "stream_rms_out": "ffn", "update_ratio": "down"}
 """What is shown first, and of it the part, or the last where there is none of that name."""
@@ -36,6 +37,8 @@ SIGMA = 4.0
 """From where on a layer is listed."""
 LISTED = 12
 """Layers of a run."""
+RANKS = 16
+"""Of a run, in the table of times."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ def page(runs: Sequence[Run]) -> str:
         sigma=SIGMA,
         faults=[(run.name, fault) for run in runs for fault in run.faults],
         alarms=[(run.name, alarm) for run in runs for alarm in run.alarms],
+        ranks=[(run.name, *_slowest(run)) for run in runs if run.timing],
+        timing=MEASURES,
+        percentiles=PERCENTILES,
         environment=_side_by_side([run.environment for run in runs]),
         differences=[
             (key, values)
@@ -258,6 +264,13 @@ def _worst(run: Run) -> Iterator[Listed]:
         for outlier in outliers(values, described(quantity).scale, SIGMA)
     ]
     yield from sorted(found, key=lambda listed: -listed.outlier.sigma)[:LISTED]
+
+
+def _slowest(run: Run) -> tuple[list[dict[str, Any]], int]:
+    """The ranks with the most time of their own, that with the most first -> so many rows, and how many ranks are left
+    out."""
+    rows = sorted(by_rank(run.timing), key=lambda row: -row["own_s"][50])
+    return rows[:RANKS], len(rows[RANKS:])
 
 
 def _side_by_side(tables: Sequence[Table]) -> list[tuple[str, list[str]]]:

@@ -24,6 +24,7 @@ class Run:
     layers: Layers  # empty without statistics
     faults: list[Record]  # of faults.jsonl
     alarms: list[Record]  # of alarms.jsonl
+    timing: list[Record]  # of timing.jsonl
     environment: Table  # of environment.json; empty in runs of an older version
     unigram_entropy_nats: float | None  # of the training tokens, where `nlm tokenize` left word of it
 
@@ -57,6 +58,7 @@ def _read(path: Path, name: str) -> Run:
         StoredLayers(path),
         _lines(path / "faults.jsonl"),
         _lines(path / "alarms.jsonl"),
+        _lines(path / "timing.jsonl"),
         json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {},
         facts.get("unigram_entropy_nats"),
     )

@@ -11,7 +11,14 @@ from nlm import SCHEMES
 
 PACKAGE = Path(nlm.__file__).parent
 LEVELS = [
-    ["nlm.anatomy", "nlm.config", "nlm.parallel.gloo", "nlm.parallel.hang"],
+    [
+        "nlm.anatomy",
+        "nlm.config",
+        "nlm.parallel.gloo",
+        "nlm.parallel.hang",
+        "nlm.parallel.ranklog",
+        "nlm.parallel.waits",
+    ],
     ["nlm.parallel.watch"],
     [
         "nlm.batch",
@@ -26,7 +33,7 @@ LEVELS = [
         "nlm.parallel.launch",
     ],
     ["nlm.activations", "nlm.cache", "nlm.norms", "nlm.positions", "nlm.random", "nlm.runtime", "nlm.mesh"],
-    ["nlm.kernels", "nlm.weight_norms", "nlm.scores", "nlm.data"],
+    ["nlm.kernels", "nlm.weight_norms", "nlm.scores", "nlm.data", "nlm.timing"],
     ["nlm.schemes"],
     ["nlm.model"],
     ["nlm.float8", "nlm.init", "nlm.parallel.pieces"],

@@ -1,0 +1,108 @@
+"""How long a rank waits for the others: in the collectives of a step, on the device that does the work.
+
+In synchronous training all ranks take the same time for a step: who is done early waits in a collective until the last
+one comes. So it is this time that differs, and a step less it, the rank's own time, is what tells a slow rank.
+
+Python waits for torch's collectives in one place, `Work.wait`, which is replaced while a `Waits` is entered (FSDP2,
+pipelines, DeepSpeed, the mesh's own sums), and in nlm.parallel.tensor. DDP waits in C++, at the end of the backward:
+for it counts what comes after the gradient of the first parameter, the last to be computed. Compiled graphs wait for
+tensor parallel ranks by themselves, and are not seen: there the own time has it.
+
+On a CPU, gloo makes the host wait, and its clock is read. On a GPU, NCCL makes a stream wait, and CUDA events are
+recorded there before and after; nobody waits for them. For FSDP2 that is the stream that gathers, beside the one that
+computes: the own time is then less than the true one, on all ranks alike. In both cases a collective's transfer is part
+of the wait, likewise on all ranks alike.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+Moment = float | torch.cuda.Event
+"""In the host's time, in seconds, or in that of a GPU's stream."""
+
+
+def seconds(begin: Moment, end: Moment) -> float:
+    """From a moment to another, which is over."""
+    if isinstance(begin, float) or isinstance(end, float):
+        return end - begin  # type: ignore[operator]
+    return begin.elapsed_time(end) / 1e3
+
+
+def is_over(moment: Moment) -> bool:
+    return isinstance(moment, float) or moment.query()
+
+
+class Waits:
+    """Context manager. `spans` is what it has seen, of a step that was begun and did not end yet."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.spans: list[tuple[Moment, Moment]] | None = None
+        self.computed: Moment | None = None
+
+    def now(self) -> Moment:
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def span(self) -> Iterator[None]:
+        if self.spans is None or not _computes():
+            yield
+            return
+        begin, spans = self.now(), self.spans
+        yield
+        spans.append((begin, self.now()))
+
+    def __enter__(self) -> Self:
+        global current
+        current, self._wait = self, dist.Work.wait
+        dist.Work.wait = _timed(self, dist.Work.wait)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global current
+        current = None
+        dist.Work.wait = self._wait  # type: ignore[method-assign]
+
+
+current: Waits | None = None
+"""The one that is entered."""
+
+
+def computed() -> None:
+    """A backward has computed the last of its gradients."""
+    if current is not None and current.spans is not None:
+        current.computed = current.now()
+
+
+def reduced() -> None:
+    """The same backward is done."""
+    if current is not None and current.spans is not None and current.computed is not None:
+        current.spans.append((current.computed, current.now()))
+        current.computed = None
+
+
+def _timed(waits: Waits, wait: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(work: dist.Work, *arguments: Any, **options: Any) -> Any:
+        with waits.span():
+            return wait(work, *arguments, **options)
+
+    return timed
+
+
+def _computes() -> bool:
+    """Whether this is the main thread or one of autograd's, and not, say, the one that writes a checkpoint."""
+    thread = threading.current_thread()
+    return thread is threading.main_thread() or isinstance(thread, threading._DummyThread)
