@@ -41,7 +41,7 @@ INTERRUPT = b"\x03"  # Ctrl-C, to the terminal that ssh -tt opens
 class Command:
     """What is run here; as text, what to paste into a shell."""
 
-    words: Sequence[str]
+    words: list[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: str | None = None
     stdin: str | None = None
