@@ -41,14 +41,14 @@ INTERRUPT = b"\x03"  # Ctrl-C, to the terminal that ssh -tt opens
 class Command:
     """What is run here; as text, what to paste into a shell."""
 
-    words: Sequence[str]
+    words: list[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: str | None = None
     stdin: str | None = None
 
     def __str__(self) -> str:
         text = shlex.join(self.words)
-        for name, value in reversed(self.environment.items()):
+        for name, value in reversed(list(self.environment.items())):
             text = f"{name}={shlex.quote(value)} {text}"
         if self.folder is not None:
             text = f"cd {shlex.quote(self.folder)} && {text}"
