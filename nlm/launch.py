@@ -48,7 +48,7 @@ class Command:
 
     def __str__(self) -> str:
         text = shlex.join(self.words)
-        for name, value in reversed(self.environment.items()):
+        for name, value in reversed(list(self.environment.items())):
             text = f"{name}={shlex.quote(value)} {text}"
         if self.folder is not None:
             text = f"cd {shlex.quote(self.folder)} && {text}"
