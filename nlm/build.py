@@ -19,7 +19,6 @@ from nlm.config import (
     ModelConfig,
     OptimConfig,
     Table,
-    TranslationConfig,
     WeightNormChoice,
     describe,
     nearest,
@@ -188,7 +187,7 @@ def prepare(model: Transformer, config: Config, mesh: Mesh, values: Mapping[str,
             model,
             kernels=config.parallel.kernels,
             say=print if mesh.speaks else None,
-            dynamic=isinstance(config.data.train, TranslationConfig),
+            dynamic=config.data.has_pairs,
         )
     return model
 

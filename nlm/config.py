@@ -398,6 +398,10 @@ class DataConfig(Section):
         return self
 
     @property
+    def has_pairs(self) -> bool:
+        return isinstance(self.train, TranslationConfig)
+
+    @property
     def sources(self) -> list[SourceConfig]:
         match self.train:
             case str() as path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from nlm.config import PAIR_WIDTH, Config, ParallelConfig, TranslationConfig
+from nlm.config import PAIR_WIDTH, Config, ParallelConfig
 
 V_SCHEDULES = {"zbv", "dualpipev"}
 """Schedules that place weight gradients on their own; each rank holds two stages, which form a V."""
@@ -60,7 +60,7 @@ def _tensor(config: Config) -> Iterator[str]:
             yield (
                 f"train.{key}: expected a multiple of parallel.tp = {parallel.tp} under sequence_parallel, got {length}"
             )
-    if parallel.sequence_parallel and isinstance(config.data.train, TranslationConfig) and PAIR_WIDTH % parallel.tp:
+    if parallel.sequence_parallel and config.data.has_pairs and PAIR_WIDTH % parallel.tp:
         yield (
             f"parallel.sequence_parallel: rows of pairs have multiples of {PAIR_WIDTH} tokens, which parallel.tp = "
             f"{parallel.tp} does not divide; remove it"
@@ -110,7 +110,7 @@ def _float8(config: Config) -> Iterator[str]:
             of = "n_kv_heads · head_dim" if key == "head_dim" else key
             a_rank = f" · parallel.tp = {FLOAT8_MULTIPLE * ranks}" if ranks > 1 else ""
             yield f"model.{key}: 'fp8' expects {of} to be a multiple of {FLOAT8_MULTIPLE}{a_rank}, got {size}"
-    if isinstance(config.data.train, TranslationConfig):
+    if config.data.has_pairs:
         yield (
             f"train.precision: 'fp8' expects a multiple of {FLOAT8_MULTIPLE} tokens in a microbatch; one of pairs has "
             "as many as they make; set precision = 'bf16'"

@@ -37,7 +37,7 @@ from pairs import Pairs
 from nlm import SCHEMES
 from nlm.build import parse_config
 from nlm.compare import differences
-from nlm.config import Config, ConfigError, TranslationConfig
+from nlm.config import Config, ConfigError
 from nlm.data.tokenize import tokenize, tokenize_languages
 from nlm.optim import OPTIMIZERS
 
@@ -364,7 +364,7 @@ def write_tokens(folder: Path) -> None:
     tokenize([str(folder / "play.jsonl")], str(folder / "tokens"), tokenizer="byte", train_tokenizer=None)
     lines = [line for speech in speeches for line in speech.splitlines() if line.strip()]
     pairs = [{"a": line, "b": after} for line, after in pairwise(lines[:1000])]
-    (folder / "pairs.jsonl").write_text("".join(map("{}\n".format, map(json.dumps, pairs))))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     tokenize_languages([str(folder / "pairs.jsonl")], str(folder / "pairs"), ["a", "b"], None, 400)
 
 
@@ -384,7 +384,7 @@ def train_rank(connection: Connection) -> None:
         began = time.process_time()
         try:
             config = parse_config(table)
-            stands_for_pairs = config.model.reads_source and not isinstance(config.data.train, TranslationConfig)
+            stands_for_pairs = config.model.reads_source and not config.data.has_pairs
             nlm.train.RankData = Pairs if stands_for_pairs else RankData
             with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
                 train(config)

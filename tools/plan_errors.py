@@ -13,7 +13,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -27,14 +27,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from nlm import build_model
-from nlm.batch import Batch
 from nlm.build import build_engine, parse_config
 from nlm.config import Config
-from nlm.data.rank import batch_of
 from nlm.mesh import Mesh
 from nlm.parallel.gloo import one_thread_each
 from nlm.plan.flops import flops_per_token
-from nlm.plan.memory import costs_of, rank_memory
+from nlm.plan.layouts import Tracer
+from nlm.plan.memory import rank_memory
+from nlm.plan.shapes import Shape
+from nlm.plan.trace import blank
 from nlm.runtime import pick_device
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -134,7 +135,7 @@ ROWS = {
 
 def planned(config: Config) -> tuple[float, float]:
     """Bytes of the first rank at its peak, and FLOPs a token."""
-    return float(rank_memory(config, costs_of(config)).sum()), flops_per_token(config)
+    return float(rank_memory(config, Tracer(config).costs(config)[0]).sum()), flops_per_token(config)
 
 
 def measured_bytes(config: Config) -> int:
@@ -178,27 +179,20 @@ def peak_bytes(config: Config, mesh: Mesh) -> int:
 
 def _steps(config: Config, mesh: Mesh) -> None:
     """What training does in a step that is logged, but for writing; memory does not depend on the tokens."""
-    engine = build_engine(config, mesh)
+    engine, rows = build_engine(config, mesh), config.batch_rows // mesh.data_size
     for _ in range(2):
-        engine.forward_backward(_batch(config, config.batch_rows // mesh.data_size).to(mesh.device))
+        batch = blank(config, Shape(rows, config.train.seq_len, config.source_len))
+        engine.forward_backward(batch.to(mesh.device))
         engine.clip()
         before = [tensor.clone() for tensor in engine.pieces.tensors] if config.statistics.enabled else []
         engine.update(1e-3, torch.zeros((), dtype=torch.bool, device=mesh.device))
         del before
 
 
-def _batch(config: Config, rows: int) -> Batch:
-    batch = batch_of(config, torch.zeros(2, rows, config.train.seq_len + 1, dtype=torch.int64), 0)
-    if not config.model.reads_source:
-        return batch
-    source = torch.zeros(rows, config.source_len, dtype=torch.int64)
-    return replace(batch, source=source, padding=config.model.padding)
-
-
 def measured_flops(config: Config) -> float:
     """A token, of a whole model in one process, without fused attention, in which some scores are computed twice."""
     model, rows = build_model(config), config.batch_rows // config.parallel.data_ranks // config.parallel.microbatches
-    batch = _batch(config, rows)
+    batch = blank(config, Shape(rows, config.train.seq_len, config.source_len))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*batch.arguments()).backward()
     return counter.get_total_flops() / (rows * config.train.seq_len)

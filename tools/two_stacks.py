@@ -20,7 +20,6 @@ ROWS = 16
 def start(scheme: str, n_layers: int) -> tuple[Transformer, Batch]:
     """The model, in float64, and random sources with their copies."""
     config = parse_config(read_table(CONFIG, [f"model.scheme.name={scheme}", f"model.n_layers={n_layers}"]))
-    torch.manual_seed(0)
     length = config.source_len
     source = torch.randint(config.model.padding, (ROWS, length), generator=torch.Generator().manual_seed(0))
     copies = torch.nn.functional.pad(source, (1, 0))[:, : config.train.seq_len + 1]

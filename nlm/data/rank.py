@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nlm.batch import Batch
-from nlm.config import Config, TranslationConfig
+from nlm.config import Config
 from nlm.data.corpus import Corpus
 from nlm.data.masked import stand_ins
 from nlm.data.pairs import PairCorpus, PairRows, Pairs, multiple, pairs_of, shuffled
@@ -25,7 +25,7 @@ class RankData:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        translates = isinstance(config.data.train, TranslationConfig)
+        translates = config.data.has_pairs
         if config.model.reads_source and not translates:
             raise ValueError(
                 "data.train: expected pairs for model.architecture = 'encoder_decoder', got text; set path and "

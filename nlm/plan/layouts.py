@@ -133,8 +133,7 @@ def _parallel(config: Config, gpus: int, node: int) -> Iterator[dict[str, Any]]:
             data = gpus // tp // pp
             if config.batch_rows % data:
                 continue
-            lengths = config.train.seq_len, config.train.source_len or tp
-            sequence = tp > 1 and not any(length % tp for length in lengths)
+            sequence = tp > 1 and config.train.seq_len % tp == 0 == config.source_len % tp
             schedules = {"1f1b", given.schedule} if pp > 1 else {"1f1b"}
             for microbatches in _microbatches(config.batch_rows // data):
                 for schedule in sorted(schedules):

@@ -19,8 +19,8 @@ from nlm.parallel.shard import blocks_per_unit, reshards
 from nlm.plan.layers import Layers
 from nlm.plan.schedule import Action, orders
 from nlm.plan.segment import KINDS, Segment, bytes_of, joined
-from nlm.plan.shapes import Shape, shapes
-from nlm.plan.trace import Place, Rise, Trace, Update, part_of, trace, update_cost
+from nlm.plan.shapes import Shape
+from nlm.plan.trace import Place, Rise, Trace, Update, part_of, update_cost
 
 Step = Segment.step
 
@@ -92,20 +92,12 @@ class Costs:
     deferred: bool
 
 
-def costs_of(
-    config: Config,
-    shape: Shape | None = None,
-    parameters: Parameters | None = None,
-    traced: Callable[[str], Trace] | None = None,
-) -> Costs:
-    """Of microbatches of a shape, by default the first of `shapes`. `traced` has been traced before, where it is given,
-    by mode of recomputation."""
-    mode, deferred = config.parallel.recompute, defers(config)
-    of_shape = shape or shapes(config)[0]
-    traced = traced or (lambda mode: trace(config, of_shape, mode, deferred))
+def costs_of(config: Config, shape: Shape, parameters: Parameters, traced: Callable[[str], Trace]) -> Costs:
+    """Of microbatches of a shape, which are `traced` by mode of recomputation."""
+    mode = config.parallel.recompute
     kept = traced("none") if mode == "sqrt" else None
     by_itself = mode if mode in ("none", "selective") else "block"
-    return Costs(parameters or Parameters(config), of_shape, traced(by_itself), kept, deferred)
+    return Costs(parameters, shape, traced(by_itself), kept, defers(config))
 
 
 def defers(config: Config) -> bool:

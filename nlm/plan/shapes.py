@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from nlm.config import Config, TranslationConfig
+from nlm.config import Config
 from nlm.data.pairs import multiple
 
 
@@ -24,7 +24,7 @@ def shapes(config: Config) -> list[Shape]:
     both sides can fill: between the two, what is taken by tokens and by pairs of tokens is a convex function of the
     length, so that one of them takes most."""
     lengths = (config.train.seq_len, config.source_len) if config.model.reads_source else (config.train.seq_len,)
-    if not isinstance(config.data.train, TranslationConfig):
+    if not config.data.has_pairs:
         return [Shape(config.batch_rows // multiple(config), *lengths)]
     found = []
     for sides in (lengths, (min(lengths), min(lengths))):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nlm.batch import Batch
 from nlm.build import design, loss_rows
 from nlm.config import Config
 from nlm.data.rank import batch_of
@@ -90,10 +91,7 @@ def trace(config: Config, shape: Shape, mode: str, deferred: bool = False) -> Tr
         recompute(model, mode)
         take = DeferredGradients(model).take if deferred else lambda: lambda: None
         levels = _levels(ledger, model)
-        batch = batch_of(config, tuple(torch.zeros(2, 2 * shape.rows, shape.target + 1, dtype=torch.int64)), 0)
-        if config.model.reads_source:
-            source = torch.zeros(2 * shape.rows, shape.source, dtype=torch.int64)
-            batch = replace(batch, source=source, padding=config.model.padding)
+        batch = blank(config, shape._replace(rows=2 * shape.rows))
         passes, places = [], _places(layers)
         for part in batch.chunk(2):
             levels.mark()
@@ -118,6 +116,15 @@ def trace(config: Config, shape: Shape, mode: str, deferred: bool = False) -> Tr
     for of in passes:  # as if the head ended nothing but its own
         of.forward["head"] = of.forward["head"]._replace(net=of.forward["head"].net + gone)
     return Trace(layers, first, later, passing)
+
+
+def blank(config: Config, shape: Shape) -> Batch:
+    """Rows of a shape, in which all tokens are 0."""
+    batch = batch_of(config, tuple(torch.zeros(2, shape.rows, shape.target + 1, dtype=torch.int64)), 0)
+    if not config.model.reads_source:
+        return batch
+    source = torch.zeros(shape.rows, shape.source, dtype=torch.int64)
+    return replace(batch, source=source, padding=config.model.padding)
 
 
 def between(few: Trace, many: Trace, share: float) -> Trace:

@@ -301,6 +301,7 @@ def test_a_graph_for_each_kind_of_block(config: Config) -> None:
     assert len(graphs) == 4
 
 
+@shape_config.patch(use_duck_shape=True)  # compile_model changes it for good
 def test_one_graph_is_for_pairs_of_all_shapes(two_stacks: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each kind of block and of the loss, and another for batches of one row; it computes what there is without."""
     graphs: list[torch.fx.GraphModule] = []
@@ -311,7 +312,6 @@ def test_one_graph_is_for_pairs_of_all_shapes(two_stacks: MakeConfig, monkeypatc
 
     torch.compiler.reset()
     monkeypatch.setattr(nlm.build, "compile_model", partial(compile_model, backend=count))
-    monkeypatch.setattr(shape_config, "use_duck_shape", True)
     data = {"train": {"path": "unused", "languages": ["de", "en"]}}
     configs = [two_stacks("normformer", data=data, parallel={"compile": on}) for on in (False, True)]
     plain, compiled = (build_engine(config, Mesh()) for config in configs)

@@ -21,8 +21,8 @@ from nlm.plan.estimate import kernels_s
 from nlm.plan.flops import _flops, flops_per_token
 from nlm.plan.gpus import GPUS, Machine, machine, peak_flops
 from nlm.plan.layers import Layers
-from nlm.plan.layouts import FREE_SHARE, best_first
-from nlm.plan.memory import costs_of, rank_memory
+from nlm.plan.layouts import FREE_SHARE, Tracer, best_first
+from nlm.plan.memory import rank_memory
 from nlm.plan.plan import parameters_by_role, plan
 from nlm.plan.report import advice, text
 from nlm.plan.schedule import makespan, orders
@@ -214,7 +214,7 @@ def test_a_layer_is_planned_as_it_is_traced(make_config: MakeConfig) -> None:
     assert list(layers.traced) == [7, 8, 9, 10, 11]
     assert [layers.like(layer) for layer in range(16)] == [8] * 7 + [7, 8, 9] + [10] * 5 + [11]
     assert [shapes_of[layers.like(layer)] for layer in range(16)] == shapes_of
-    costs = costs_of(few)
+    costs, deeper = (Tracer(config).costs(config)[0] for config in (few, more))
     rises = costs.trace.first.forward
-    grown = rank_memory(more, costs_of(more)) - rank_memory(few, costs)
+    grown = rank_memory(more, deeper) - rank_memory(few, costs)
     assert grown[KINDS.index("activations")] == pytest.approx(9 * rises[8].net + 7 * rises[10].net)
