@@ -43,11 +43,12 @@ in_image sh -c '[ "$(id -u)" = 1000 ] && [ ! -w /opt/nlm ] && ! which pip'
 in_image sh -c '! which $(nlm --help | sed -n "s/^    \([a-z][a-z-]*\).*/\1/p")'
 in_image python -c 'print("To be, or not to be: that is the question.\n" * 400, file=open("text.txt", "w"))'
 in_image tokenize text.txt --tokenizer byte --out data/plays
-small() { in_image "$@" train.steps=2 model.n_layers=4 data.validation=data/plays log.every=1; }
+small() { in_image "$@" train.steps=2 optim.warmup_steps=1 model.n_layers=4 data.validation=data/plays log.every=1; }
 small train configs/quickstart.toml log.dir=runs/one
-small torchrun --standalone --nproc-per-node 2 -m nlm train configs/quickstart.toml log.dir=runs/two \
+port=${PORT:-29517}
+small torchrun --nproc-per-node 2 --master-port "$port" -m nlm train configs/quickstart.toml log.dir=runs/two \
     parallel.dp_replicate=2
-small deepspeed --num_accelerators=2 --master_port="${PORT:-29517}" --module nlm train configs/quickstart.toml \
+small deepspeed --num_accelerators=2 --master_port="$port" --module nlm train configs/quickstart.toml \
     log.dir=runs/zero parallel.engine=deepspeed parallel.zero=2 parallel.dp_shard=2
 in_image health
 in_image grep -H -o '"loss": [0-9.]*' runs/one/metrics.jsonl runs/two/metrics.jsonl runs/zero/metrics.jsonl
