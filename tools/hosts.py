@@ -1,7 +1,7 @@
 """Hosts on this machine: Linux namespaces, joined by a bridge to which nothing else is.
 
 Each has an interface, an address, a hostname, an /etc/hosts, a home and processes of its own; files are shared, as on
-a cluster. What it runs ends with it, and it ends with the process that made it. tools/slow_link.py uses them as well.
+a cluster. What it runs ends with it, and it ends with the process that made it.
 """
 
 import json
@@ -10,13 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 INTERFACE = "eth0"
 SSH_PORT = 2222
 
@@ -138,7 +137,9 @@ def hosts(n: int, folder: Path, known: bool = True) -> Iterator[tuple[Host, ...]
             command = ["unshare", *NEW, "sh", "-c", SETUP, "setup", name, str(own)]
             (outside,) = _children(stack.enter_context(_until_closed(command)))
             veth = f"ip link add name {name} type veth peer name {INTERFACE} netns {outside}"
-            subprocess.run([*_inside(switch, "--net"), "sh", "-c", f"{veth} && ip link set dev {name} master br0 up"], check=True)
+            subprocess.run(
+                [*_inside(switch, "--net"), "sh", "-c", f"{veth} && ip link set dev {name} master br0 up"], check=True
+            )
             made.append(host := Host(name, address, own, switch, outside))
             host.run("ip", "address", "add", f"{address}/24", "dev", INTERFACE)
             host.run("ip", "link", "set", "dev", INTERFACE, "up")
@@ -192,12 +193,3 @@ def _children(pid: int) -> list[int]:
 
 def _which(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-
-
-def wait_for(what: object, ready: object, limit_s: float = 200) -> None:
-    """Errors: AssertionError that says `what`."""
-    assert callable(ready)
-    deadline = time.monotonic() + limit_s
-    while not ready():
-        assert time.monotonic() < deadline, what() if callable(what) else what
-        time.sleep(0.1)
