@@ -1,4 +1,4 @@
-"""Prints, to torchrun.sh: where this node finds the rendezvous of which the argument is the host, and where it is found.
+"""Prints, to torchrun.sh: where this node finds the rendezvous, which the argument hosts, and where it itself is found.
 
 torch takes a node for that host if its own hostname leads to the address, and has others look up its hostname: neither
 need be so where hosts are given as addresses, or /etc/hosts has the own name at 127.0.1.1.

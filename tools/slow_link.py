@@ -40,8 +40,8 @@ LAYOUTS = {
 }
 """By the axis that lies across the link."""
 GLOO = {"dp_shard": 4 / 3}
-"""What gloo sends beyond the plan, which is of rings: its reduce-scatter is an all-reduce, of which each keeps a part. In
-a step are two gathers and one of these."""
+"""What gloo sends beyond the plan, which is of rings: its reduce-scatter is an all-reduce, of which each keeps a part.
+In a step are two gathers and one of these."""
 PORT = 29400
 DEADLINE_S = 500
 
@@ -136,6 +136,11 @@ def planned_share(layout: str, bytes_s: float, step_s: float) -> float:
     return 1 - step_s / estimate(config, costs, slow, flops).step_s
 
 
+def _row(layout: str, link: str, of: Measured, *shares: str) -> str:
+    cells = layout, link, f"{of.sent / 1e6:.2f}", f"{planned_bytes(layout) / 1e6:.2f}", f"{of.step_s:.2f}", *shares
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb-s", nargs="+", type=float, default=[100, 25, 6.25], help="of the link, in 10^6 bytes/s")
@@ -147,25 +152,17 @@ def main() -> int:
         return 0
     if reason := missing("tc"):
         sys.exit(reason)
-    print("| across the link | link, MB/s | sent a step, MB | planned | a step, s | of it the link's | planned |")
+    print("| across the link | link, MB/s | sent a step, MB | planned | a step, s | of it for the link | planned |")
     print("|---|---|---|---|---|---|---|")
     with TemporaryDirectory() as folder, hosts(2, Path(folder)) as made:
         free = measure(made, Path(folder), options.steps)
         for layout, of in free.items():
-            print(
-                f"| {layout} | no limit | {of.sent / 1e6:.2f} | {planned_bytes(layout) / 1e6:.2f} | {of.step_s:.2f} | | |"
-            )
+            print(_row(layout, "no limit", of, "", ""), flush=True)
         for mb_s in options.mb_s:
             for layout, of in measure(made, Path(folder), options.steps, 1e6 * mb_s).items():
-                share, planned = (
-                    1 - free[layout].step_s / of.step_s,
-                    planned_share(layout, 1e6 * mb_s, free[layout].step_s),
-                )
-                print(
-                    f"| {layout} | {mb_s:g} | {of.sent / 1e6:.2f} | {planned_bytes(layout) / 1e6:.2f} | {of.step_s:.2f} "
-                    f"| {share:.0%} | {planned:.0%} |",
-                    flush=True,
-                )
+                share = 1 - free[layout].step_s / of.step_s
+                planned = planned_share(layout, 1e6 * mb_s, free[layout].step_s)
+                print(_row(layout, f"{mb_s:g}", of, f"{share:.0%}", f"{planned:.0%}"), flush=True)
     return 0
 
 

@@ -2,21 +2,19 @@
 (tools/hosts.py). Two hosts of two ranks."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tomli_w
-from hosts import INTERFACE, ROOT, Host, hosts, missing
+from hosts import INTERFACE, Host, hosts, missing
 from slow_link import measure, planned_bytes
 
 from nlm.compare import differences
 from nlm.config import Config
-from nlm.launch import launch
 from nlm.train import train
 
 RunConfig = Callable[..., Config]
@@ -93,12 +91,13 @@ def same(run: Path, reference: Path) -> None:
 
 def test_a_host_is_lost_and_another_takes_its_place(config: Callable[..., Config], one: Path, tmp_path: Path) -> None:
     """Tensor parallel in a host, sharded over both. Packets to and from one vanish; the other notices, and goes on from
-    the checkpoint with a third. That one is lost as well: the first goes on alone, in another layout."""
+    the checkpoint with a third. All are known by address only."""
     with hosts(3, tmp_path / "hosts", known=False) as made:
         a, b, c = made
         of, handed = f"{a.address} {b.address}", config("run", tp=2, dp_shard=2)
         run = Path(handed.log.dir)
-        first, lost = torchrun(a, handed, of), torchrun(b, handed, of)
+        first = torchrun(a, handed, of)
+        torchrun(b, handed, of)
         until(lambda: steps(run) >= 3 or first.poll() is not None, *made)
         b.cut()
         cut_at = steps(run)
@@ -107,6 +106,26 @@ def test_a_host_is_lost_and_another_takes_its_place(config: Callable[..., Config
         assert ended(first, spare) == [0, 0], said(*made)
         assert a.said(first).count("no heartbeat for 30 s") == 2, said(a)
         assert a.said(first).count("resuming after step") == 1, said(a)
+    same(run, one)
+
+
+def test_a_host_is_lost_and_the_other_goes_on_alone(config: Callable[..., Config], one: Path, tmp_path: Path) -> None:
+    """The same command with fewer hosts and another layout."""
+    handed = config("run", dp_shard=2)
+    run = Path(handed.log.dir)
+    with hosts(2, tmp_path / "hosts") as made:
+        a, b = made
+        environment = {"RANKS_PER_NODE": "1", "MAX_RESTARTS": "0"}
+        first = torchrun(a, handed, "a b", **environment)
+        torchrun(b, handed, "a b", **environment)
+        until(lambda: steps(run) >= 3 or first.poll() is not None, *made)
+        b.cut()
+        assert 3 <= steps(run) < STEPS, said(*made)
+        assert ended(first) == [1], said(a)
+        assert " on b: no heartbeat for 30 s" in a.said(first), said(a)
+        alone = torchrun(a, handed, "a", "parallel.dp_shard=1", **environment)
+        assert ended(alone) == [0], said(a)
+        assert a.said(alone).count("resuming after step") == 1, said(a)
     same(run, one)
 
 
@@ -134,8 +153,7 @@ def test_from_one_host_on_both(
 
 
 def test_the_link_carries_what_is_planned(tmp_path: Path) -> None:
-    """By axis of the mesh, and up to headers, acknowledgements and heartbeats: of TCP over loopback-sized packets 1 %,
-    of small messages more."""
+    """By axis of the mesh. Headers, acknowledgements and heartbeats come on top."""
     with hosts(2, tmp_path / "hosts") as made:
         found = measure(made, tmp_path, steps=2)
     for axis, of in found.items():
