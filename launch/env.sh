@@ -45,6 +45,10 @@ export PYTHONUNBUFFERED=1
 # gave the notice has a limit of their own.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
+# torchrun's agents keep a store for the ranks of all its restarts, and tell nobody again where it is: a host that comes
+# back, or in place of another, waits for that until it fails (torch 2.13). Rank 0 opens a new one each time instead.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # Not set, because it is so in torch 2.11 and later, or nlm sees to it:
 #   TORCH_NCCL_ASYNC_ERROR_HANDLING  a failed or late collective ends the process
 #   TORCH_FR_BUFFER_SIZE             the flight recorder keeps 2,000 collectives; nlm dumps them (docs/faults.md)

@@ -7,7 +7,14 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "$0")/env.sh"
 
-if ((NNODES == 1)); then MASTER_PORT=0; fi # any free one
+at=$MASTER_ADDR here=()
+if ((NNODES == 1)); then
+    MASTER_PORT=0 # any free one
+elif read -r at address < <("$PYTHON" "${0%/*}/here.py" "$MASTER_ADDR"); then
+    here=(--local-addr="$address")
+else
+    at=$MASTER_ADDR
+fi
 NLM_STOPPED=$(mktemp -d)/stopped
 export NLM_STOPPED
 trap 'rm -rf "${NLM_STOPPED%/*}"' EXIT
@@ -15,8 +22,8 @@ trap 'rm -rf "${NLM_STOPPED%/*}"' EXIT
 # Named by what they run, so that the nodes of two runs never mix.
 code=0
 stoppable TERM "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --nproc-per-node="$RANKS_PER_NODE" \
-    --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="nlm-$(cksum <<<"$*" | cut -d' ' -f1)" \
-    --rdzv-conf=join_timeout=1800 --max-restarts="$MAX_RESTARTS" --no-python "${0%/*}/rank.sh" "$@" || code=$?
+    --rdzv-backend=c10d --rdzv-endpoint="$at:$MASTER_PORT" --rdzv-id="nlm-$(cksum <<<"$*" | cut -d' ' -f1)" \
+    "${here[@]}" --rdzv-conf=join_timeout=1800 --max-restarts="$MAX_RESTARTS" --no-python "${0%/*}/rank.sh" "$@" || code=$?
 if [[ -e $NLM_STOPPED ]]; then code=75; fi
 if ((code == 75)); then code=${EXIT_STOPPED:-75}; fi # where 75 is taken for a failure, as by Kubeflow
 exit "$code"

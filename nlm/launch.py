@@ -90,7 +90,8 @@ def commands_of(
             return [Command(["launch/torchrun.sh", *arguments], variables, workdir)]
         case SshCluster():
             there = Command(["launch/torchrun.sh", *arguments], variables, workdir)
-            options = ["-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", *cluster.options]
+            # The cluster's first: of several that have one name, the first counts.
+            options = ["-tt", *cluster.options, "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15"]
             return [Command(["ssh", *options, host, str(there)]) for host in cluster.hosts]
         case DeepSpeedCluster():
             return [Command(["launch/deepspeed.sh", *arguments], variables, workdir)]

@@ -136,8 +136,9 @@ def _join(me: Me, what: Mapping[str, Any], limits: Limits) -> Store:
         _await_server(me, limits)
     try:
         tcp = within(2 * limits.answer_s, lambda: _connect(me, limits.answer_s))
-        # Of a launch before a restart, or of an earlier run of these processes, nothing is in the way.
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # Of a launch before a restart, or of an earlier run of these processes, nothing is in the way. Only an agent's
+        # store survives a restart; where rank 0 hosts it, agents need not agree how often they have started ranks.
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if me.agent else "0"
         store = PrefixStore(f"nlm/{me.world_size}/{restart}/{_joins[me.store]}", tcp)
         _joins[me.store] += 1
         # Rank 0 writes as soon as it hosts a store: a store without its digest is another's.
