@@ -1,5 +1,5 @@
-"""What the site (mkdocs.yml) has beside docs/*.md, made when it is built: home is README.md, the reference comes from the
-code, and a file of the repository that a page links to is a page of its own.
+"""What the site (mkdocs.yml) has beside docs/*.md, made when it is built: home is README.md, the reference comes from
+the code, and a file of the repository that a page links to is a page of its own.
 
 mkdocs calls the functions named on_….
 """
@@ -82,6 +82,9 @@ def relinked(text: str, page: Path) -> str:
 
 
 def source_page(file: Path) -> str:
+    """Where in the site a file is that is no page of docs/."""
+    if file == ROOT / "README.md":
+        return "index.md"
     return f"source/{file.relative_to(ROOT)}.md"
 
 
@@ -102,7 +105,7 @@ def python_reference() -> str:
             "\nAll that stands here is had from `import nlm`; torch is imported when the first of it is asked for.",
             *(f"\n::: {named[name]}\n    options:\n      heading_level: 2" for name in functions),
             "\n## Choices by name",
-            "\nWhat a config may name, as mappings from the name to the class. `nlm schemes` prints each with its fields.",
+            "\nWhat a config may name: mappings from name to class. `nlm schemes` prints all with their fields.",
             "\n| | of | names |\n|---|---|---|",
             *(
                 f"| `nlm.{name}` | `{nlm.HOMES[name]}` | {', '.join(f'`{key}`' for key in getattr(nlm, name))} |"

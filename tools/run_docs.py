@@ -24,6 +24,7 @@ MINE = (
     "--out data/mine"
 )
 BEFORE = {
+    "cluster.md": [MINE],
     "evaluate.md": [PLAYS],
     "export.md": [PLAYS],
     "faults.md": [MINE],
@@ -55,6 +56,10 @@ LONG = {
 }
 """Likewise, why a short run leaves it out."""
 
+NOT_COPIED = {
+    *(".git", ".venv", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache"),
+    *("build", "data", "nlm.egg-info", "report", "runs", "site"),
+}
 TAKES_CONFIG = re.compile(r"(^|[ ;])nlm (train|probe|plan|preflight|prove-resume) |launch/preflight\.py ")
 HEREDOC = re.compile(r"<<'?(\w+)'?")
 
@@ -112,11 +117,13 @@ def script(page: Path, overrides: str = "") -> str:
 
 def fresh(folder: Path) -> None:
     """A copy of what is in the repository, with this environment as what `make` would install."""
-    ignore = shutil.ignore_patterns(
-        ".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "data", "runs", "report", "site"
-    )
-    shutil.copytree(ROOT, folder, ignore=ignore, dirs_exist_ok=True)
-    shutil.copytree(ROOT / "nlm/data", folder / "nlm/data", ignore=ignore, dirs_exist_ok=True)
+    for entry in ROOT.iterdir():
+        if entry.name in NOT_COPIED:
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, folder / entry.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(entry, folder)
     here = Path(sys.prefix)
     made = folder / ".venv/bin"
     made.mkdir(parents=True)
