@@ -20,7 +20,7 @@ from nlm.launch import launch
 BY_NAME = {page.name: page for page in PAGES}
 EVERY = [(name, command) for name, page in BY_NAME.items() for language, text in blocks(page) if language == "sh"
          for command in commands(text)]  # fmt: skip
-SHORT = "model.n_layers=2 model.dim=32 train.batch_tokens=128 train.seq_len=32"
+SHORT = "model.n_layers=2 model.dim=32 train.batch_tokens=128 train.seq_len=32 log.every=50 statistics.images_every=999"
 SPLIT = re.compile(r"^(\||\|\||&&|;|<|>|>>|<<)$")
 PLAYS = {"data/plays", "data/plays-held-out"}
 MADE_BY_MAKE = {
