@@ -39,7 +39,7 @@ BEFORE = {
 
 CANNOT_RUN = {
     r"docker |apptainer ": "needs a container runtime and minutes of building: docker/try.sh does it",
-    r"sbatch ": "needs Slurm: tests/distributed/test_launchers.py runs its script where there is none",
+    r"sbatch ": "needs Slurm",
     r"nlm launch (?!.*--dry-run).*slurm": "needs Slurm",
     r"HOSTS=": "needs two hosts",
     r"RANKS_PER_NODE=8 ": "is for a host of eight GPUs",
