@@ -240,7 +240,7 @@ def make_parser() -> argparse.ArgumentParser:
     layers.add_argument("--tokens", type=int, default=1024, metavar="N", help="of whole windows (1024)")
     layers.add_argument("--every", type=int, default=1, metavar="K", help="skips every K-th layer only (1)")
     layers.add_argument(
-        "--limit", type=float, default=1e-3, metavar="X", help="a layer does nothing below this, in nats (0.001)"
+        "--threshold", type=float, default=1e-3, metavar="X", help="a layer does nothing below this, in nats (0.001)"
     )
     layers.add_argument("--json", type=Path, metavar="FILE", help="instead of RUN/evaluation/step-…-layers.json")
     layers.set_defaults(run=_layers)
