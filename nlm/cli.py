@@ -28,13 +28,7 @@ LAUNCHER_GRACE_S = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest:  # argparse takes no overrides, and no prompts, behind an option
-        many = [name for name in ("overrides", "prompts") if name in options]
-        if not many or any(word.startswith("-") for word in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        setattr(options, many[0], [*getattr(options, many[0]), *rest])
+    options = parse(arguments)
     try:
         options.run(options)
     except (FloatingPointError, OSError) as error:
@@ -46,6 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep_traceback()
         return _fail(2, error)
     return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What a command line asks for. Errors: SystemExit, as argparse has it."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse takes no overrides, and no prompts, behind an option
+        many = [name for name in ("overrides", "prompts") if name in options]
+        if not many or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        setattr(options, many[0], [*getattr(options, many[0]), *rest])
+    return options
 
 
 def _fail(code: int, error: object) -> int:
@@ -60,7 +66,7 @@ def _fail(code: int, error: object) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nlm",
         description="Train very deep Transformers under any normalization scheme.",
