@@ -17,10 +17,10 @@ if ((${#hosts[@]} > 1)); then
     for name in $(exported); do printf '%s=%q\n' "$name" "${!name}"; done >"$files/environment"
     export DS_ENV_FILE=$files/environment
     where=(--hostfile="$files/hostfile" --master_addr="$MASTER_ADDR")
-    signal=TERM # DeepSpeed ends the ranks on all nodes
+    ask() { kill -TERM "$1"; } # DeepSpeed ends the ranks on all nodes
 else
     where=(--hostfile=/dev/null --num_gpus="$RANKS_PER_NODE")
     trap '' USR1 # DeepSpeed's two processes are to survive what makes nlm's ranks save and stop
-    signal=-USR1
+    ask() { kill -USR1 -- "-$1"; }
 fi
-stoppable "$signal" "$deepspeed" "${where[@]}" --master_port="$MASTER_PORT" --module nlm train "$@"
+stoppable ask "$deepspeed" "${where[@]}" --master_port="$MASTER_PORT" --module nlm train "$@"

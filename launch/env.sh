@@ -62,16 +62,16 @@ exported() {
     compgen -e | grep -E "^(MASTER_|PYTHON|OMP_|NCCL_|GLOO_|TORCH_)|^(${EXPORT// /|})$"
 }
 
-# stoppable SIGNAL COMMAND…: runs it in a process group of its own. SIGTERM, SIGINT, SIGUSR1 or SIGHUP (the connection or
-# terminal is gone) become one SIGNAL to COMMAND, or with "-SIGNAL" to its group. What fails then was stopped: exit code 75.
+# stoppable ASK COMMAND…: runs it in a process group of its own. SIGTERM, SIGINT, SIGUSR1 or SIGHUP (the connection or
+# terminal is gone) become one call of ASK, which is given its process. What fails then was stopped: exit code 75.
 stoppable() {
-    local signal=${1#-} group=${1%"${1#-}"} asked='' code
+    local ask=$1 asked='' code
     shift
     set -m
     "$@" <&0 &
     local pid=$!
     set +m
-    trap '[[ $asked ]] || kill -s "$signal" -- "$group$pid"; asked=yes' TERM INT USR1 HUP
+    trap '[[ $asked ]] || $ask "$pid"; asked=yes' TERM INT USR1 HUP
     while wait "$pid" && code=0 || code=$?; kill -0 "$pid" 2>/dev/null; do :; done
     trap - TERM INT USR1 HUP
     if [[ $asked && $code != 0 ]]; then return 75; fi

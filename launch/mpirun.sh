@@ -13,5 +13,5 @@ for name in $(exported); do export+=(-x "$name"); done
 read -ra options <<<"${MPIRUN_OPTIONS:-}"
 
 # mpirun passes SIGUSR1 on, and kills the ranks for any other. It binds each rank to one core; nlm's threads need more.
-stoppable USR1 mpirun "${options[@]}" --host "${list:1}" --map-by "ppr:$RANKS_PER_NODE:node" --bind-to none \
+stoppable 'kill -USR1' mpirun "${options[@]}" --host "${list:1}" --map-by "ppr:$RANKS_PER_NODE:node" --bind-to none \
     "${export[@]}" launch/rank.sh "$@"

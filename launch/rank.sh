@@ -3,15 +3,21 @@
 set -uo pipefail
 
 if [[ -n ${TORCHELASTIC_RUN_ID:-} ]]; then
-    # To torchrun every exit code but 0 is a failure, after which it starts ranks again: 75 is told by a file. Its
-    # signals come to the whole process group; here they are left to nlm.
+    # To torchrun every exit code but 0 is a failure, after which it starts ranks again: 75 is told by a file, and where
+    # ranks that were asked to stop could not yet, the agent has to end. Its signals come to the whole process group;
+    # here they are left to nlm.
     trap : TERM INT USR1 HUP QUIT
-    rm -f "$NLM_STOPPED"
-    "$PYTHON" -m nlm train "$@"
-    code=$?
+    rm -f "$NLM_AGENT/stopped"
+    code=1
+    if [[ ! -e $NLM_AGENT/asked ]]; then
+        "$PYTHON" -m nlm train "$@"
+        code=$?
+    fi
     if ((code == 75)); then
-        touch "$NLM_STOPPED"
+        touch "$NLM_AGENT/stopped"
         code=0
+    elif ((code != 0)) && [[ -e $NLM_AGENT/asked ]]; then
+        kill -TERM "$PPID"
     fi
     exit "$code"
 fi

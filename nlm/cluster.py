@@ -55,9 +55,11 @@ class Hosts(Cluster):
 
 
 class SshCluster(Hosts):
-    """torchrun on every host, by `ssh` with its `options`. `max_restarts` of ranks that fail, and of lost hosts."""
+    """torchrun on every host, by `ssh` with its `options`. `max_restarts` of ranks that fail, and of lost hosts, each
+    after `reconnect_s`, in which a host may start."""
 
     max_restarts: NonNegativeInt = 0
+    reconnect_s: PositiveInt = 30
     options: list[str] = []
 
 

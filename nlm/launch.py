@@ -33,7 +33,6 @@ from nlm.stop import REQUEUE
 
 ROOT = Path(__file__).parents[1]
 LOST = 255  # ssh's exit code for a connection that failed
-RECONNECT_S = 30
 INTERRUPT = b"\x03"  # Ctrl-C, to the terminal that ssh -tt opens
 
 
@@ -227,8 +226,9 @@ def _run_on_hosts(commands: Sequence[Command], cluster: SshCluster) -> int:
             code = running[n].wait()
             if code != LOST or stop.is_set():
                 break
-            print(f"nlm: {cluster.hosts[n]}: the connection is lost; once more in {RECONNECT_S} s", file=sys.stderr)
-            stop.wait(RECONNECT_S)
+            again = f"once more in {cluster.reconnect_s} s"
+            print(f"nlm: {cluster.hosts[n]}: the connection is lost; {again}", file=sys.stderr, flush=True)
+            stop.wait(cluster.reconnect_s)
         if code not in (0, REQUEUE):
             ask()
         return code

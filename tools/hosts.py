@@ -81,6 +81,10 @@ class Host:
     def mend(self) -> None:
         self._port("up")
 
+    def crash(self) -> None:
+        """All that runs there is killed at once; the host is up again, with nothing started."""
+        self.run("sh", "-c", "kill -KILL -1")
+
     def _port(self, state: str) -> None:
         subprocess.run([*_inside(self.switch, "--net"), "ip", "link", "set", "dev", self.name, state], check=True)
 

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,23 +18,29 @@ from nlm.compare import differences
 from nlm.config import Config
 from nlm.train import train
 
-RunConfig = Callable[..., Config]
 LIMIT = 1e-5
 """Relative, in float32, as for layouts on one host (tools/relay.py)."""
 DEADLINE_S = 300
-STEPS = 12
+STEPS = 8
+SLOW = 3e5
+"""Bytes/s of a link over which a step takes half a second or more: time enough for a host to be lost between two."""
 if reason := missing("tc"):
     pytest.skip(reason, allow_module_level=True)
 
 
-@pytest.fixture
-def config(run_config: RunConfig) -> Callable[..., Config]:
-    """`config(name, layout)`: steps that take a while, and no statistics, which would make them take longer."""
+@pytest.fixture(scope="module")
+def config(
+    make_config: Callable[..., Config], shard: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Config]:
+    """`config(name, layout)`, of runs side by side."""
+    folder = tmp_path_factory.mktemp("runs")
 
     def make(name: str, **parallel: object) -> Config:
-        return run_config(
-            name,
-            train={"steps": STEPS, "batch_tokens": 512},
+        return make_config(
+            {"vocab_size": 257},
+            train={"steps": STEPS, "batch_tokens": 512, "seq_len": 32},
+            data={"train": shard},
+            log={"dir": str(folder / name), "every": 1, "tensorboard": False},
             checkpoint={"every": 2},
             statistics={"enabled": False},
             parallel=parallel,
@@ -43,7 +49,7 @@ def config(run_config: RunConfig) -> Callable[..., Config]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one(config: Callable[..., Config]) -> Path:
     """The run of one process that nothing disturbs."""
     return train(config("one"))
@@ -90,19 +96,25 @@ def same(run: Path, reference: Path) -> None:
     assert max(found[kind].size for kind in ("loss", "parameters", "optimizer")) < LIMIT, found
 
 
+def half_way(run: Path, process: subprocess.Popen[str], *made: Host) -> None:
+    """Waits until it is, with a checkpoint of its own."""
+    until(lambda: steps(run) >= 3 or process.poll() is not None, *made)
+    assert 3 <= steps(run) < STEPS, said(*made)
+
+
 def test_a_host_is_lost_and_another_takes_its_place(config: Callable[..., Config], one: Path, tmp_path: Path) -> None:
     """Tensor parallel in a host, sharded over both. Packets to and from one vanish; the other notices, and goes on from
     the checkpoint with a third. All are known by address only."""
-    with hosts(3, tmp_path / "hosts", known=False) as made:
+    handed = config("another", tp=2, dp_shard=2)
+    run = Path(handed.log.dir)
+    with hosts(3, tmp_path, known=False) as made:
         a, b, c = made
-        of, handed = f"{a.address} {b.address}", config("run", tp=2, dp_shard=2)
-        run = Path(handed.log.dir)
+        a.slow_down(SLOW)
+        of = f"{a.address} {b.address}"
         first = torchrun(a, handed, of)
         torchrun(b, handed, of)
-        until(lambda: steps(run) >= 3 or first.poll() is not None, *made)
+        half_way(run, first, *made)
         b.cut()
-        cut_at = steps(run)
-        assert 3 <= cut_at < STEPS, said(*made)
         spare = torchrun(c, handed, of)
         assert ended(first, spare) == [0, 0], said(*made)
         assert a.said(first).count("no heartbeat for 30 s") == 2, said(a)
@@ -112,16 +124,16 @@ def test_a_host_is_lost_and_another_takes_its_place(config: Callable[..., Config
 
 def test_a_host_is_lost_and_the_other_goes_on_alone(config: Callable[..., Config], one: Path, tmp_path: Path) -> None:
     """The same command with fewer hosts and another layout."""
-    handed = config("run", dp_shard=2)
+    handed = config("alone", dp_shard=2)
     run = Path(handed.log.dir)
-    with hosts(2, tmp_path / "hosts") as made:
+    with hosts(2, tmp_path) as made:
         a, b = made
+        a.slow_down(SLOW)
         environment = {"RANKS_PER_NODE": "1", "MAX_RESTARTS": "0"}
         first = torchrun(a, handed, "a b", **environment)
         torchrun(b, handed, "a b", **environment)
-        until(lambda: steps(run) >= 3 or first.poll() is not None, *made)
+        half_way(run, first, *made)
         b.cut()
-        assert 3 <= steps(run) < STEPS, said(*made)
         assert ended(first) == [1], said(a)
         assert re.search(r"nlm: rank \d on b: .* for 30 s", a.said(first)), said(a)  # torch chooses where rank 0 is
         alone = torchrun(a, handed, "a", "parallel.dp_shard=1", **environment)
@@ -130,24 +142,41 @@ def test_a_host_is_lost_and_the_other_goes_on_alone(config: Callable[..., Config
     same(run, one)
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    [("ssh", {"pp": 2, "microbatches": 2}), ("deepspeed", {"dp_replicate": 2})],
-    ids=["ssh", "deepspeed"],
-)
-def test_from_one_host_on_both(
-    kind: str, layout: dict[str, int], config: Callable[..., Config], one: Path, tmp_path: Path
-) -> None:
-    """`nlm launch` reaches the other by ssh, or DeepSpeed by pdsh; one rank a host."""
-    if reason := missing("sshd", "ssh", "ssh-keygen", *(["pdsh"] if kind == "deepspeed" else [])):
-        pytest.skip(reason)
-    handed, cluster = config("run", **layout), tmp_path / "cluster.toml"
-    table = {"kind": kind, "hosts": ["a", "b"], "ranks_per_node": 1, "interface": INTERFACE, "python": sys.executable}
+def launched(kind: str, handed: Config, made: Sequence[Host], folder: Path, **table: object) -> subprocess.Popen[str]:
+    """By `nlm launch` on the first of the hosts, which reaches the others by ssh."""
+    for host in made:
+        host.serve_ssh()
+    table |= {"kind": kind, "hosts": [host.name for host in made], "interface": INTERFACE, "python": sys.executable}
+    cluster = folder / "cluster.toml"
     cluster.write_text(tomli_w.dumps(table | {"environment": {"OMP_NUM_THREADS": "1"}}))
-    with hosts(2, tmp_path / "hosts") as made:
-        for host in made:
-            host.serve_ssh()
-        run = made[0].start([sys.executable, "-m", "nlm", "launch", written(handed), "--cluster", cluster])
+    return made[0].start([sys.executable, "-m", "nlm", "launch", written(handed), "--cluster", cluster])
+
+
+@pytest.mark.skipif(bool(reason := missing("sshd", "ssh", "ssh-keygen")), reason=reason or "")
+def test_a_host_is_lost_and_comes_back(config: Callable[..., Config], one: Path, tmp_path: Path) -> None:
+    """Tensor parallel in a host, a pipeline over both. One crashes; `nlm launch` connects to it again."""
+    handed = config("returned", tp=2, pp=2, microbatches=2)
+    run = Path(handed.log.dir)
+    with hosts(2, tmp_path) as made:
+        a, b = made
+        a.slow_down(SLOW)
+        both = launched("ssh", handed, made, tmp_path, ranks_per_node=2, max_restarts=1, reconnect_s=1)
+        half_way(run, both, *made)
+        b.crash()
+        b.serve_ssh()
+        assert ended(both) == [0], said(*made)
+        assert a.said(both).count("nlm: b: the connection is lost; once more in 1 s") == 1, said(a)
+        assert a.said(both).count("resuming after step") == 1, said(a)
+        assert a.said(both).count(f"step {STEPS}/{STEPS}") == 1, said(a)
+    same(run, one)
+
+
+@pytest.mark.skipif(bool(reason := missing("sshd", "ssh", "ssh-keygen", "pdsh")), reason=reason or "")
+def test_deepspeed_reaches_both(config: Callable[..., Config], one: Path, tmp_path: Path) -> None:
+    """DeepSpeed's launcher, by pdsh over ssh; one rank a host."""
+    handed = config("deepspeed", dp_replicate=2)
+    with hosts(2, tmp_path) as made:
+        run = launched("deepspeed", handed, made, tmp_path, ranks_per_node=1)
         assert ended(run) == [0], said(*made)
         assert made[0].said(run).count(f"step {STEPS}/{STEPS}") == 1, said(*made)
     same(Path(handed.log.dir), one)
@@ -155,7 +184,7 @@ def test_from_one_host_on_both(
 
 def test_the_link_carries_what_is_planned(tmp_path: Path) -> None:
     """By axis of the mesh. Headers, acknowledgements and heartbeats come on top."""
-    with hosts(2, tmp_path / "hosts") as made:
+    with hosts(2, tmp_path) as made:
         found = measure(made, tmp_path, steps=2)
     for axis, of in found.items():
         assert 1 <= of.sent / planned_bytes(axis) < 1.05, (axis, of.sent, planned_bytes(axis))
