@@ -17,7 +17,14 @@ if ((${#hosts[@]} > 1)); then
     for name in $(exported); do printf '%s=%q\n' "$name" "${!name}"; done >"$files/environment"
     export DS_ENV_FILE=$files/environment
     where=(--hostfile="$files/hostfile" --master_addr="$MASTER_ADDR")
-    ask() { kill -TERM "$1"; } # DeepSpeed ends the ranks on all nodes
+    # The ranks, children of the launcher that DeepSpeed starts on each node. DeepSpeed itself would cut the connections
+    # first: ranks could print no more, which ends them without a checkpoint.
+    launcher="^[^ ]+ -u -m deepspeed.launcher.launch .*--master_port=$MASTER_PORT "
+    printf -v list ',%s' "${hosts[@]}"
+    ask() {
+        PDSH_RCMD_TYPE=ssh pdsh -S -w "${list:1}" "pkill -USR1 -P \"\$(pgrep -d, -f '$launcher')\"" ||
+            kill -TERM "$1" || : # while there are none, DeepSpeed
+    }
 else
     where=(--hostfile=/dev/null --num_gpus="$RANKS_PER_NODE")
     trap '' USR1 # DeepSpeed's two processes are to survive what makes nlm's ranks save and stop

@@ -71,7 +71,7 @@ stoppable() {
     "$@" <&0 &
     local pid=$!
     set +m
-    trap '[[ $asked ]] || $ask "$pid"; asked=yes' TERM INT USR1 HUP
+    trap '[[ $asked ]] || { asked=yes; $ask "$pid"; }' TERM INT USR1 HUP
     while wait "$pid" && code=0 || code=$?; kill -0 "$pid" 2>/dev/null; do :; done
     trap - TERM INT USR1 HUP
     if [[ $asked && $code != 0 ]]; then return 75; fi

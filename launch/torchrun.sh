@@ -22,6 +22,7 @@ trap 'rm -rf "$NLM_AGENT"' EXIT
 
 # Not the agent, but its ranks, each of which leads a process group: an agent that is told leaves at once, maybe with the
 # store at which those of other nodes still have to meet, or wait for it there (torch 2.13: 300 s).
+# shellcheck disable=SC2317 # stoppable calls it
 ask() {
     touch "$NLM_AGENT/asked"
     local ranks=()

@@ -3,6 +3,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import tomli_w
 from hosts import INTERFACE, Host, hosts, missing
 from slow_link import measure, planned_bytes
 
+from nlm.checkpoint import checkpoints
 from nlm.compare import differences
 from nlm.config import Config
 from nlm.train import train
@@ -97,9 +99,9 @@ def same(run: Path, reference: Path) -> None:
 
 
 def half_way(run: Path, process: subprocess.Popen[str], *made: Host) -> None:
-    """Waits until it is, with a checkpoint of its own."""
-    until(lambda: steps(run) >= 3 or process.poll() is not None, *made)
-    assert 3 <= steps(run) < STEPS, said(*made)
+    """Waits until it has written a checkpoint."""
+    until(lambda: bool(checkpoints(run)) or process.poll() is not None, *made)
+    assert 0 < steps(run) < STEPS, said(*made)
 
 
 def test_a_host_is_lost_and_another_takes_its_place(config: Callable[..., Config], one: Path, tmp_path: Path) -> None:
@@ -142,14 +144,17 @@ def test_a_host_is_lost_and_the_other_goes_on_alone(config: Callable[..., Config
     same(run, one)
 
 
-def launched(kind: str, handed: Config, made: Sequence[Host], folder: Path, **table: object) -> subprocess.Popen[str]:
-    """By `nlm launch` on the first of the hosts, which reaches the others by ssh."""
+def launched(
+    kind: str, handed: Config, made: Sequence[Host], folder: Path, **table: object
+) -> Callable[[], subprocess.Popen[str]]:
+    """What starts `nlm launch` on the first of the hosts, which reaches the others by ssh."""
     for host in made:
         host.serve_ssh()
     table |= {"kind": kind, "hosts": [host.name for host in made], "interface": INTERFACE, "python": sys.executable}
     cluster = folder / "cluster.toml"
     cluster.write_text(tomli_w.dumps(table | {"environment": {"OMP_NUM_THREADS": "1"}}))
-    return made[0].start([sys.executable, "-m", "nlm", "launch", written(handed), "--cluster", cluster])
+    command = [sys.executable, "-m", "nlm", "launch", written(handed), "--cluster", cluster]
+    return lambda: made[0].start(command)
 
 
 @pytest.mark.skipif(bool(reason := missing("sshd", "ssh", "ssh-keygen")), reason=reason or "")
@@ -160,7 +165,7 @@ def test_a_host_is_lost_and_comes_back(config: Callable[..., Config], one: Path,
     with hosts(2, tmp_path) as made:
         a, b = made
         a.slow_down(SLOW)
-        both = launched("ssh", handed, made, tmp_path, ranks_per_node=2, max_restarts=1, reconnect_s=1)
+        both = launched("ssh", handed, made, tmp_path, ranks_per_node=2, max_restarts=1, reconnect_s=1)()
         half_way(run, both, *made)
         b.crash()
         b.serve_ssh()
@@ -173,13 +178,23 @@ def test_a_host_is_lost_and_comes_back(config: Callable[..., Config], one: Path,
 
 @pytest.mark.skipif(bool(reason := missing("sshd", "ssh", "ssh-keygen", "pdsh")), reason=reason or "")
 def test_deepspeed_reaches_both(config: Callable[..., Config], one: Path, tmp_path: Path) -> None:
-    """DeepSpeed's launcher, by pdsh over ssh; one rank a host."""
+    """DeepSpeed's launcher, by pdsh over ssh, one rank a host: asked to stop, and started again."""
     handed = config("deepspeed", dp_replicate=2)
+    run = Path(handed.log.dir)
     with hosts(2, tmp_path) as made:
-        run = launched("deepspeed", handed, made, tmp_path, ranks_per_node=1)
-        assert ended(run) == [0], said(*made)
-        assert made[0].said(run).count(f"step {STEPS}/{STEPS}") == 1, said(*made)
-    same(Path(handed.log.dir), one)
+        a, _ = made
+        a.slow_down(SLOW)
+        start = launched("deepspeed", handed, made, tmp_path, ranks_per_node=1)
+        first = start()
+        half_way(run, first, *made)
+        a.signal(first, signal.SIGTERM)
+        assert ended(first) == [75], said(*made)
+        assert a.said(first).count("stopped early, after a checkpoint; the same command goes on") == 1, said(a)
+        again = start()
+        assert ended(again) == [0], said(*made)
+        assert a.said(again).count("resuming after step") == 1, said(a)
+        assert a.said(again).count(f"step {STEPS}/{STEPS}") == 1, said(a)
+    same(run, one)
 
 
 def test_the_link_carries_what_is_planned(tmp_path: Path) -> None:

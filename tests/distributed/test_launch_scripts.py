@@ -21,7 +21,8 @@ from nlm.launch import launch
 
 RunConfig = Callable[..., Config]
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 400
+DEADLINE_S = 240
+"""Less than the 300 s for which torchrun's agents wait for one that has left."""
 CLUSTERS = {
     "two-hosts": {"kind": "ssh", "hosts": ["localhost", "localhost"], "ranks_per_node": 1, "max_restarts": 1},
     "deepspeed": {"kind": "deepspeed", "hosts": ["localhost"], "ranks_per_node": 2},
