@@ -220,11 +220,10 @@ def _run_on_hosts(commands: Sequence[Command], cluster: SshCluster) -> int:
                 process.stdin.write(INTERRUPT)
 
     def on_host(n: int) -> int:
-        code = LOST
-        for _ in range(1 + cluster.max_restarts):
+        for restarts in range(cluster.max_restarts, -1, -1):
             running[n] = subprocess.Popen(commands[n].words, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
             code = running[n].wait()
-            if code != LOST or stop.is_set():
+            if code != LOST or stop.is_set() or not restarts:
                 break
             again = f"once more in {cluster.reconnect_s} s"
             print(f"nlm: {cluster.hosts[n]}: the connection is lost; {again}", file=sys.stderr, flush=True)

@@ -2,13 +2,16 @@
 
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tomli_w
 import yaml
+from launched import free_port
 
 from nlm.cli import main
 from nlm.cluster import read_cluster
@@ -149,6 +152,19 @@ def test_a_bad_cluster(table: dict[str, object], says: str, make_config: Callabl
     cluster.write_text(tomli_w.dumps(table))
     with pytest.raises(ValueError, match=says):
         launch(str(config), [], cluster, dry_run=True)
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not installed")
+def test_a_host_that_cannot_be_reached(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    config, cluster = tmp_path / "config.toml", tmp_path / "cluster.toml"
+    config.write_text(make_config().to_toml())
+    table = {"kind": "ssh", "hosts": ["localhost"], "ranks_per_node": 1, "max_restarts": 1, "reconnect_s": 1}
+    cluster.write_text(tomli_w.dumps(table | {"options": ["-F", "none", "-p", str(free_port())]}))
+    command = [sys.executable, "-m", "nlm", "launch", config, "--cluster", cluster]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 255, done.stderr
+    assert done.stderr.count("Connection refused") == 2, done.stderr
+    assert done.stderr.count("nlm: localhost: the connection is lost; once more in 1 s") == 1, done.stderr
 
 
 def test_nlm_without_its_clone(
