@@ -30,7 +30,8 @@ from nlm.parallel.launch import process_group
 from nlm.plan.estimate import estimate, traffic
 from nlm.plan.flops import flops_per_token
 from nlm.plan.gpus import Machine
-from nlm.plan.memory import costs_of
+from nlm.plan.layouts import Tracer
+from nlm.plan.memory import Costs
 
 LAYOUTS = {
     "dp_replicate": {"dp_replicate": 2},
@@ -123,13 +124,18 @@ def _bytes_sent() -> int:
 def planned_bytes(layout: str) -> float:
     """What the first rank sends in a step by gloo, all of it over the link."""
     config = config_of(layout)
-    return traffic(config, costs_of(config))[layout] * GLOO.get(layout, 1)  # type: ignore[index]
+    return traffic(config, _costs(config))[layout] * GLOO.get(layout, 1)  # type: ignore[index]
+
+
+def _costs(config: Config) -> Costs:
+    (costs,) = Tracer(config).costs(config)
+    return costs
 
 
 def planned_share(layout: str, bytes_s: float, step_s: float) -> float:
     """Of a step, what it takes longer over the link than over one without a limit, where it takes `step_s`."""
     config = config_of(layout)
-    costs, flops = costs_of(config), flops_per_token(config)
+    costs, flops = _costs(config), flops_per_token(config)
     fast = Machine("", 1.0, 1, network_bandwidth=float("inf"), gpus_per_node=1, efficiency=1, host_s=0)
     fast = replace(fast, peak_flops=estimate(config, costs, fast, flops).step_s / step_s)
     slow = replace(fast, network_bandwidth=bytes_s / GLOO.get(layout, 1))
