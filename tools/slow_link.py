@@ -41,8 +41,8 @@ LAYOUTS = {
 }
 """By the axis that lies across the link."""
 GLOO = {"dp_shard": 4 / 3}
-"""What gloo sends beyond the plan, which is of rings; measured with torch 2.13 between two ranks. It fits two gathers as
-planned, and a reduce-scatter that is an all-reduce, of which each keeps a part."""
+"""What gloo sends beyond the plan, which is of rings; measured with torch 2.13 between two ranks. It fits two gathers
+as planned, and a reduce-scatter that is an all-reduce, of which each keeps a part."""
 PORT = 29400
 DEADLINE_S = 500
 
