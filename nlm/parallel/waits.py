@@ -37,8 +37,8 @@ SYNCHRONOUS = (
     "all_to_all_single",
 )
 CALLS = [(dist.Work, "wait")] + [(dist, name) for name in SYNCHRONOUS if hasattr(dist, name)]
-"""Where a collective is waited for. NCCL puts a synchronous one on the stream at hand and gives no `Work`; gloo does, for
-which torch waits within the call."""
+"""Where a collective is waited for. NCCL puts a synchronous one on the stream at hand and gives no `Work`; gloo gives
+one, for which torch waits within the call."""
 
 Moment = float | torch.cuda.Event
 """In the host's time, in seconds, or in that of a GPU's stream."""
