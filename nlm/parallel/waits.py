@@ -5,8 +5,8 @@ one comes. So it is this time that differs, and a step less it, the rank's own t
 
 Python waits for torch's collectives in the calls of `CALLS`, which are replaced while a `Waits` is entered (FSDP2,
 pipelines, DeepSpeed, the mesh's own sums), and in nlm.parallel.tensor. DDP waits in C++, at the end of the backward:
-for it counts what comes after the last gradient. Not seen, and so own time, is that DDP waits in the forward of the
-second step, once, and that compiled graphs wait for tensor parallel ranks by themselves.
+for it counts what comes after the last gradient; and once in the second step, where it puts its buckets in order.
+Compiled graphs wait for tensor parallel ranks by themselves, and are not seen: there the own time has it.
 
 On a CPU, gloo makes the host wait, and its clock is read. On a GPU, NCCL makes a stream wait, and CUDA events are
 recorded there before and after; nobody waits for them. For FSDP2 that is the stream that gathers, beside the one that
@@ -36,7 +36,9 @@ SYNCHRONOUS = (
     "reduce_scatter_tensor",
     "all_to_all_single",
 )
-CALLS = [(dist.Work, "wait")] + [(dist, name) for name in SYNCHRONOUS if hasattr(dist, name)]
+CALLS = [(dist.Work, "wait"), (dist.Reducer, "_rebuild_buckets")] + [
+    (dist, name) for name in SYNCHRONOUS if hasattr(dist, name)
+]
 """Where a collective is waited for. NCCL puts a synchronous one on the stream at hand and gives no `Work`; gloo gives
 one, for which torch waits within the call."""
 

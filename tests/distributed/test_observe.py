@@ -79,12 +79,12 @@ def slow_layers() -> None:
 @pytest.mark.parametrize(
     ("slow", "layout", "why"),
     [
-        (slow_layers, {"dp_replicate": 2}, "computing"),
+        (slow_reads, {"dp_replicate": 2}, r"\S+ s of it reading data"),
         (slow_layers, {"dp_shard": 2}, "computing"),
         (slow_layers, {"pp": 2, "microbatches": 2}, "computing"),
-        (slow_reads, {"tp": 2}, r"\S+ s of it reading data"),
+        (slow_layers, {"tp": 2}, "computing"),
     ],
-    ids=["ddp", "fsdp", "pipeline", "tp-data"],
+    ids=["ddp-data", "fsdp", "pipeline", "tp"],
 )
 def test_a_slow_rank_is_named(
     slow: Callable[[], None], layout: dict[str, int], why: str, run_config: RunConfig, tmp_path: Path
@@ -105,6 +105,8 @@ def test_a_slow_rank_is_named(
         assert own[1] > 0.2 and own[0] < own[1] and wait[0] > wait[1]
         assert (data[1] > own[1] / 2) == (slow is slow_reads), "of its own time"
         assert all(part <= whole for parts in (own, wait, data) for part, whole in zip(parts, step, strict=True))
+    slowest = lines(run / "timing.jsonl")[1]["own_s"]["p99"]
+    assert slowest[0] < slowest[1] / 1.2, "nor is the step in which DDP orders its buckets"
     html = page(read_runs([run]))
     table = html.partition("Time by rank")[2].partition("</table>")[0]
     assert re.findall(r"<tr><td>(\d)</td>", table) == ["1", "0"], "the slowest first"
