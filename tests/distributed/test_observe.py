@@ -46,16 +46,15 @@ def log_of(run: Path, rank: int) -> str:
 
 
 def sleeping() -> Callable[..., None]:
-    """On rank 1 a sleep of some times what it takes for the rest of a step, so that it is the slow one on a busy machine,
-    too. What the other computes in the meantime does not show in that, and may take much longer: it has not slept, and
-    waits for a core."""
+    """On rank 1 a sleep of some times what the rest of a step takes, so that it is the slow one on a busy machine, too.
+    The rest does not show what the other computes in the meantime, which may take longer: it waits for a core."""
     ended, rests = math.inf, list[float]()
 
     def sleep(*_: object) -> None:
         nonlocal ended
         if os.environ["RANK"] == "1":
             rests.append(max(0, time.monotonic() - ended))
-            time.sleep(0.4 + 4 * median_low(rests[1:] or rests))
+            time.sleep(0.4 + min(8, 4 * median_low(rests[1:] or rests)))
             ended = time.monotonic()
 
     return sleep
