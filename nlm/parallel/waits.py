@@ -25,6 +25,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Reducer  # torch.distributed has it, unknown to mypy
 from torch.autograd import Variable
 
 SYNCHRONOUS = (
@@ -36,9 +37,8 @@ SYNCHRONOUS = (
     "reduce_scatter_tensor",
     "all_to_all_single",
 )
-CALLS = [(dist.Work, "wait"), (dist.Reducer, "_rebuild_buckets")] + [
-    (dist, name) for name in SYNCHRONOUS if hasattr(dist, name)
-]
+CALLS: list[tuple[Any, str]] = [(dist.Work, "wait"), (Reducer, "_rebuild_buckets")]
+CALLS += [(dist, name) for name in SYNCHRONOUS if hasattr(dist, name)]
 """Where a collective is waited for. NCCL puts a synchronous one on the stream at hand and gives no `Work`; gloo gives
 one, for which torch waits within the call."""
 
