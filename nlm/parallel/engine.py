@@ -169,16 +169,16 @@ class WholeEngine(TorchEngine):
                 init_sync=False,
                 broadcast_buffers=False,
             )
-            first = next(model.parameters())  # its gradient is the last
-            first.register_post_accumulate_grad_hook(lambda _: waits.computed())
 
     def train(self, rows: Batch) -> list[Tensor]:
         losses = []
         for i, part in enumerate(rows.chunk(self.microbatches)):
             with self._communicate(last=i + 1 == self.microbatches):
                 loss = self.model(*part.arguments()) * self.scale
+                if isinstance(self.model, DistributedDataParallel):
+                    loss.register_hook(waits.backward_begins)
                 loss.backward()
-            waits.reduced()
+            waits.backward_ended()
             losses.append(loss.detach())
         return losses
 

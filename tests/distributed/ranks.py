@@ -1,10 +1,12 @@
-"""Ranks in processes of their own: a function as every rank of a small gloo group, or a command under torchrun."""
+"""Ranks in processes of their own: a function as every rank of a small gloo group, `nlm train`, or a command under
+torchrun."""
 
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 from launched import PROCESSES, free_port
 
+from nlm.cli import main
 from nlm.parallel.gloo import one_thread_each
 
 DEADLINE_S = 240
@@ -29,6 +32,41 @@ def torchrun(ranks: int, *command: str | Path, restarts: int = 0) -> subprocess.
         stderr=subprocess.STDOUT,
         timeout=DEADLINE_S,
     )
+
+
+def start(ranks: int, config: Path, said: Path, change: Callable[[], None] | None = None) -> list[BaseProcess]:
+    """`nlm train` as so many ranks without a launcher, after `change` in each; what they say is in the file `said`."""
+    processes: list[BaseProcess] = [
+        PROCESSES.Process(target=_train, args=(rank, ranks, port, config, said, change), daemon=True)
+        for port in [free_port()]
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def codes(processes: Sequence[BaseProcess]) -> list[int | None]:
+    """With which they end; None for those that do not."""
+    for process in processes:
+        process.join(DEADLINE_S)
+    ended = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return ended
+
+
+def _train(rank: int, ranks: int, port: int, config: Path, said: Path, change: Callable[[], None] | None) -> None:
+    torch.set_num_threads(1)
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    console = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for fd in 1, 2:
+        os.dup2(console, fd)
+    if change is not None:
+        change()
+    sys.exit(main(["train", str(config)]))
 
 
 def run_ranks(n: int, function: Callable[..., None], *arguments: Any) -> None:

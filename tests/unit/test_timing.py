@@ -1,8 +1,10 @@
 """Which ranks are named as slow, and what Prometheus is told of scalars that have parts. Without processes."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from launched import free_port
 
 from nlm.config import Config, ConfigError
-from nlm.sinks import Prometheus
+from nlm.sinks import Prometheus, sinks
 from nlm.timing import PERCENTILES, Stragglers, Table, by_rank, record, summary
 
 
@@ -57,6 +59,19 @@ def test_what_is_said_of_it() -> None:
     lines = [{"step": 15} | record(5, slow, "abc"), {"step": 20} | record(5, slow * 3, "abc")]
     assert by_rank(lines)[1]["own_s"][90] == pytest.approx(1.2), "the median of the two lines"
     assert summary(lines).endswith("has rank 1 on b, 1.50 × the others'")
+
+
+def test_prometheus_is_for_who_asks_for_it_and_for_this_machine(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    assert not any(isinstance(sink, Prometheus) for sink in sinks(tmp_path / "run", make_config(), 0))
+    for host, elsewhere in ({}, False), ({"host": "0.0.0.0"}, True):
+        port = free_port()
+        with Prometheus(tmp_path / "run", make_config(log={"prometheus": {"port": port} | host}), 0):
+            for address, answers in ("127.0.0.1", True), ("127.0.0.2", elsewhere):
+                with nullcontext() if answers else pytest.raises(URLError):
+                    urlopen(f"http://{address}:{port}/metrics", timeout=30).close()
 
 
 def test_parts_of_a_scalar_are_labels(make_config: Callable[..., Config], tmp_path: Path) -> None:
