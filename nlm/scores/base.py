@@ -187,6 +187,8 @@ def document_mask(segments: Tensor, causal: bool = True) -> Tensor:
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """softmax(q kᵀ · scale) v, by default 1/sqrt(Dh), in torch's fused kernels."""
+    # Compiled for any shape the comparison is no bool, until it is branched on.
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -194,7 +196,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        **grouped,
     )
     return out.transpose(1, 2)
 
