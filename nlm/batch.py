@@ -73,6 +73,10 @@ class Batch:
         """[]: how many targets there are to learn from, in float64, which holds their inverse well."""
         return (self.targets != IGNORED).sum(dtype=torch.float64)
 
+    def n_rows(self) -> Tensor:
+        """[]: how many rows have a target, in float64."""
+        return (self.targets != IGNORED).any(1).sum(dtype=torch.float64)
+
     def digest(self, first_row: int) -> Tensor:
         """[] int64: of all tokens, each at its place in the whole batch, of which these are the rows from `first_row`
         on; those of the parts add up to that of the batch, in the lower 32 bits."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nlm.activations import ACTIVATIONS, soft_cap
-from nlm.anatomy import MATRICES, SLOTS, WRITES, Axis, Kind, Role, Site, Span, StackName, Weight
+from nlm.anatomy import IGNORED, MATRICES, SLOTS, WRITES, Axis, Kind, Role, Site, Span, StackName, Weight
 from nlm.cache import Cache
 from nlm.config import ModelConfig
 from nlm.kernels.rows import sum_over_rows
@@ -22,7 +22,7 @@ from nlm.runtime import autocast
 from nlm.schemes.base import Norm, Scheme, Slot, Slots
 from nlm.schemes.module import MakeNorm, ResidualModule, SlotModule, flat
 from nlm.scores import Heads, Score, document_mask, keys_seen, uniform_entropy
-from nlm.signals import INSIDE, Signals, Watch
+from nlm.signals import INSIDE, Signals, View, Watch, that_count
 from nlm.weight_norms import MakeWeightNorm, WeightNorm
 
 
@@ -238,7 +238,7 @@ class FeedForward(nn.Module):
         if self.observe is not None:
             self.observe(hidden)
         if watch is not None:
-            activity = precise(hidden.detach()).abs().sum((0, 1))
+            activity = that_count(precise(hidden.detach()), watch.view.positions).abs().sum((0, 1))
             watch.seen.extend((activity, activity.new_zeros(len(INSIDE))))
         return self.w_down(hidden)
 
@@ -246,12 +246,13 @@ class FeedForward(nn.Module):
 class Memory(NamedTuple):
     """What an encoder has made of the source, `x` [B T D], of which all tensor parallel ranks have all positions.
 
-    `mask` [B 1 1 T] says which of them are no padding, `visible` [B 1 Q T] so for the watched queries.
+    `mask` [B 1 1 T] says which of them are no padding; positions count where `counted` [B T] is true.
     """
 
     x: Tensor
     mask: Tensor
-    visible: Tensor | None
+    counted: Tensor | None
+    view: View | None = None
 
 
 class Block(nn.Module):
@@ -281,12 +282,12 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         keys: Tensor | None,
-        visible: Tensor | None,
+        view: View | None,
         memory: Memory | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B S D] -> x [B S D] and, with the keys that are `visible` to the watched queries, what sublayers show."""
-        watch = None if visible is None else Watch(visible, [])
+        """x [B S D] -> x [B S D] and, with a view, what sublayers show."""
+        watch = None if view is None else Watch(view, [])
         for name in self.names:
             sublayer = getattr(self, name)
             branch = partial(sublayer, watch=watch)
@@ -294,7 +295,7 @@ class Block(nn.Module):
                 branch = partial(branch, rotary=rotary, mask=mask, cache=cache)
                 if sublayer.site.kind == "cross":
                     assert memory is not None
-                    of_memory = None if watch is None or memory.visible is None else Watch(memory.visible, watch.seen)
+                    of_memory = None if watch is None or memory.view is None else Watch(memory.view, watch.seen)
                     branch = partial(branch, watch=of_memory, rotary=None, mask=memory.mask, memory=memory.x)
                 if watch is not None:
                     watch.seen.append(torch.zeros(self.n_units, device=x.device))
@@ -382,29 +383,31 @@ class Stack(nn.Module):
         keys: Tensor | None,
         memory: Memory | None = None,
         cache: Cache | None = None,
+        counted: Tensor | None = None,
     ) -> Tensor:
         """The stream [B S/n D] of so many positions, before the blocks -> after them; `signals`, unless None, collects
-        what they show."""
+        what they show, of the positions that are `counted` [B S]."""
         rotary = None
         if self.rotary is not None:
             rotary = self.rotary(seq_len) if cache is None else self.rotary.at(cache.positions)
-        signals, visible = self.signals, None
+        signals, view = self.signals, None
         if signals is not None:
-            visible = keys_seen(mask, seq_len, signals.queries, x.device)
-            uniform = {"attn": uniform_entropy(visible, len(x))}
+            part = self.design.tp.positions(seq_len)
+            seen = partial(keys_seen, seq_len=seq_len, n=signals.queries, device=x.device)
+            here = None if counted is None else counted[:, part.start : part.stop]
+            view = View(seen(mask), here, counted, counted)
+            uniform = {"attn": uniform_entropy(view, len(x), seq_len)}
             if memory is not None:
-                keys_of_memory = keys_seen(memory.mask, seq_len, signals.queries, x.device)
-                memory, uniform["cross"] = (
-                    memory._replace(visible=keys_of_memory),
-                    uniform_entropy(keys_of_memory, len(x)),
-                )
-            signals.begin(x, len(self.blocks), self.n_sublayers, uniform)
+                of_memory = view._replace(visible=seen(memory.mask), keys=memory.counted)
+                memory = memory._replace(view=of_memory)
+                uniform["cross"] = uniform_entropy(of_memory, len(x), seq_len)
+            signals.begin(x, len(self.blocks), self.n_sublayers, view, uniform)
         blocks = [(self.first_number + int(layer), block) for layer, block in self.blocks.items()]
 
         def run(places: range, x: Tensor) -> Tensor:
             for place in places:
                 layer, block = blocks[place]
-                x, shown = block(x, rotary, mask, keys, visible, memory, cache)
+                x, shown = block(x, rotary, mask, keys, view, memory, cache)
                 if signals is not None and shown is not None and not self.recomputing:
                     signals.add(place, shown, x, layer)
             return x
@@ -556,17 +559,21 @@ class Transformer(Stack):
                 # Contiguous, as in the first part, so that all parts share their blocks' graphs.
                 x, source_stream = (y.contiguous() for y in x.split([x.shape[1] - n_source, n_source], 1))
             seq_len = x.shape[1] * (self.tp.size if self.tp.sequence else 1)
-        memory = None
+        memory = counted = None
         if self.encoder is not None:
-            read = partial(self._read, source, source_stream, keys)
+            counted_source = None
+            if targets is not None and source is not None:
+                counted = targets != IGNORED
+                counted_source = (source != self.config.padding) & counted.any(1, keepdim=True)
+            read = partial(self._read, source, source_stream, keys, counted_source)
             source_stream, unmasked = read() if cache is None else cache.once("memory", read)
             if self.blocks:
-                memory = Memory(self.tp.enter(source_stream), unmasked, None)
+                memory = Memory(self.tp.enter(source_stream), unmasked, counted_source)
         if segments is None and self.config.is_encoder:
             segments = torch.zeros(1, seq_len, dtype=torch.int64, device=x.device)
         if segments is not None:
             mask = document_mask(segments, causal=not self.config.is_encoder)
-        x = self.run(x, seq_len, mask, keys, memory, cache)
+        x = self.run(x, seq_len, mask, keys, memory, cache, counted)
         if not self.part.last:
             return x if source_stream is None else torch.cat([x, source_stream], 1)
         assert self.final is not None
@@ -579,7 +586,9 @@ class Transformer(Stack):
         parameters = [parameter for module in reads for parameter in module.parameters()]
         return sum_over_rows(self._loss, x, targets, parameters, self.loss_rows or targets.numel())
 
-    def _read(self, source: Tensor | None, stream: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _read(
+        self, source: Tensor | None, stream: Tensor | None, keys: Tensor | None, counted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """A source [B T], and its stream where the first layers are elsewhere -> its stream [B T D] after the encoder's
         layers that are here, and which of its positions are no padding [B 1 1 T]."""
         assert self.encoder is not None and source is not None
@@ -588,7 +597,7 @@ class Transformer(Stack):
         real = source != self.config.padding
         real = real | ~real.any(1, keepdim=True)  # of a row that is all padding, so that no softmax is over nothing
         unmasked = real[:, None, None]
-        stream = self.encoder.run(stream, source.shape[1], unmasked, keys)
+        stream = self.encoder.run(stream, source.shape[1], unmasked, keys, counted=counted)
         return stream if self.encoder.final is None else self.encoder.final(stream), unmasked
 
     def _embedded(self, stack: Stack, tokens: Tensor, positions: Tensor | None) -> Tensor:

@@ -15,11 +15,23 @@ STREAM = (*(f"{of}_{name}" for of in ("branch", "stream") for name in MOMENTS), 
 COLUMNS = (*INSIDE, *STREAM)
 
 
-class Watch(NamedTuple):
-    """What the sublayers of a block are asked to show: attention, of the queries of which `visible` [… Q S] says which
-    keys they see; and where they put it, vectors that make up a row each: Σ |a| of the F/n hidden units, COLUMNS."""
+class View(NamedTuple):
+    """What sublayers are asked to show: attention, of the queries of which `visible` [… Q S] says which keys they see.
+
+    Positions count where these are true, all where they are None: `here` [B S/n] of this rank's part of the stream,
+    `positions` [B S] of all of it, and `keys` [B T].
+    """
 
     visible: Tensor
+    here: Tensor | None = None
+    positions: Tensor | None = None
+    keys: Tensor | None = None
+
+
+class Watch(NamedTuple):
+    """And where they put it, vectors that make up a row each: Σ |a| of the F/n hidden units, COLUMNS."""
+
+    view: View
     seen: list[Tensor]
 
 
@@ -36,16 +48,20 @@ class Signals:
         self.columns: list[Tensor] = []
         """[1+PL C]: the stream before the first layer, then the sublayers."""
         self.uniform: list[Mapping[str, Tensor]] = []
-        """By kind of attention, []: the sum of the entropies that it would have if it were uniform, of one head."""
+        """By kind of attention, [2]: the sum of the entropies that it would have if it were uniform, of one head, and
+        of how many queries that is."""
+        self.elements: float | Tensor = 0
+        """How many count, over all microbatches."""
         self.gradients: dict[int, list[Tensor]] = {}
         """By layer, []: the sum of squares of the loss's gradient by the stream after it."""
 
-    def begin(self, x: Tensor, n_layers: int, n_sublayers: int, uniform: Mapping[str, Tensor]) -> None:
+    def begin(self, x: Tensor, n_layers: int, n_sublayers: int, view: View, uniform: Mapping[str, Tensor]) -> None:
         """A forward of the stream x through so many layers, of so many sublayers each. It lays out at once what it has
         seen in the end: small tensors that stay between large ones that go would leave memory in pieces."""
-        self.elements, self.n_sublayers, self.n_in_all = x.numel(), n_sublayers, n_sublayers * n_layers
+        self.view, self.n_sublayers, self.n_in_all = view, n_sublayers, n_sublayers * n_layers
+        self.elements += x.numel() if view.here is None else view.here.sum() * x.shape[-1]
         columns = torch.zeros(1 + self.n_in_all, len(COLUMNS), dtype=_flat(x).dtype, device=x.device)
-        columns[0, -len(MOMENTS) - 1 : -1] = moments(x)
+        columns[0, -len(MOMENTS) - 1 : -1] = moments(x, view.here)
         self.columns.append(columns)
         self.uniform.append(uniform)
 
@@ -68,14 +84,19 @@ class Signals:
         return squares.sqrt().view(-1, self.n_sublayers, 3)
 
 
-def moments(x: Tensor) -> Tensor:
-    """[…] -> MOMENTS of its elements [4], in float32 or more."""
-    return torch.stack(_moments(_flat(x)))
+def that_count(x: Tensor, positions: Tensor | None) -> Tensor:
+    """[B S …], 0 where `positions` [B S] do not count, which adds nothing to a sum or to the largest |x|."""
+    return x if positions is None else x.where(positions.view(*positions.shape, *(1,) * (x.dim() - 2)), 0)
 
 
-def stream_signals(x: Tensor, y: Tensor) -> Tensor:
+def moments(x: Tensor, positions: Tensor | None) -> Tensor:
+    """[B S D] -> MOMENTS of the elements that count [4], in float32 or more."""
+    return torch.stack(_moments(_flat(that_count(x, positions))))
+
+
+def stream_signals(x: Tensor, y: Tensor, positions: Tensor | None) -> Tensor:
     """The stream before a sublayer and after it -> MOMENTS of the second, and the product with the first [5]."""
-    y = _flat(y)
+    y = _flat(that_count(y, positions))
     return torch.stack([*_moments(y), y.dot(_flat(x))])
 
 

@@ -276,7 +276,6 @@ PAIR_ROWS = {
             ("pre_ln", {}, ["sqrt"], {"position": "learned"}, {"everywhere": {"recompute": "sqrt"}}),
             ("normformer", {}, ["dropped"], {"stochastic_depth": 0.2}, {"parallel": {"loss_rows": 24}}),
             ("ngpt", {"alpha": 0.05}, ["spectra"], {}, {"statistics": {"spectra_every": 2, "noise_every": 2}}),
-            ("peri_ln", {}, ["compile"], {"position": "sinusoidal"}, {"everywhere": {"compile": True}}),
         )
     )
 }
@@ -299,13 +298,19 @@ SHAPES_ROWS = {
                 ("pp2-1f1b", "pp2-interleaved", "pp2-zbv", "pp2-dualpipev", "tp2xpp2"),
                 {},
             ),
-            # Other data parallel ranks and microbatches have other empty rows, which statistics are of too.
+            (
+                "peri_ln",
+                ["compile"],
+                {"position": "sinusoidal"},
+                ("ddp2", "fsdp2", "tp2+sp"),
+                {"everywhere": {"compile": True}},
+            ),
             (
                 "pre_ln",
                 ["dropped"],
                 {"stochastic_depth": 0.2},
                 ("ddp2xpp2-zbv", "fsdp2xpp2-zbv", "fsdp2xtp2xpp2", "pp4-1f1b"),
-                {"statistics": {"enabled": False}},
+                {"statistics": {"spectra_every": 2, "noise_every": 2}},
             ),
         )
     )

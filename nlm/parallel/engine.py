@@ -131,9 +131,12 @@ class Engine(Inference, ABC):
         """How many targets the ranks' rows of a batch have together; it takes no wait for the device."""
         if not rows.has_ignored:
             return self.config.train.batch_tokens
+        return self.together(rows.n_targets()).clamp(min=1)  # a batch may have none
+
+    def together(self, mine: Tensor) -> Tensor:
+        """What a rank counts in its rows [] -> in those of all, which the ranks of a model's parts share."""
         first = self.mesh.tp.rank == 0 and self.mesh.rank("pp") == 0
-        mine = rows.n_targets() if first else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        return self.mesh.sum(mine).clamp(min=1)  # a batch may have none
+        return self.mesh.sum(mine if first else torch.zeros_like(mine))
 
     def clip(self) -> tuple[Tensor, Tensor]:
         """-> the gradient's global norm [] and the norms of all parameters' gradients [P], before clipping."""

@@ -148,11 +148,10 @@ class PipelineEngine(TorchEngine):
     def train(self, rows: Batch) -> list[Tensor]:
         last = self.n_stages - 1 in self.stages
         losses: list[Tensor] = []
-        targets = rows.targets if last else None
-        given = {"source": rows.source, "targets": targets, "segments": rows.segments, "keys": rows.keys}
+        given = {"source": rows.source, "targets": rows.targets, "segments": rows.segments, "keys": rows.keys}
         self._schedule(rows.first(len(rows) // self.microbatches)).step(
             *([rows.inputs] if 0 in self.stages else []),
-            target=targets,
+            target=given["targets"] if last else None,
             losses=losses if last else None,
             return_outputs=False,
             **{name: tensor for name, tensor in given.items() if tensor is not None},

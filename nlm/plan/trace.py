@@ -223,8 +223,10 @@ def _levels(ledger: Ledger, model: Transformer) -> _Levels:
 
         stack.through = watched
 
-    def read(source: Tensor | None, stream: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        memory, mask = reads(source, stream, keys)
+    def read(
+        source: Tensor | None, stream: Tensor | None, keys: Tensor | None, counted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        memory, mask = reads(source, stream, keys, counted)
         comes_back(memory)
         return memory, mask
 

@@ -119,7 +119,7 @@ class ResidualModule(EquationModule):
         """
         parts = self.parts()
         if watch is not None:
-            branch = partial(_shown, branch, watch.seen)
+            branch = partial(_shown, branch, watch)
         if keys is not None:
             kept = (uniform(keys, self.number) >= self.drop) / (1 - self.drop)  # [B]
             if self.branch_end is None:
@@ -128,7 +128,7 @@ class ResidualModule(EquationModule):
                 parts[self.branch_end] = partial(_times, parts[self.branch_end], kept[:, None, None])
         y = self.function(x, branch, **parts)
         if watch is not None:
-            watch.seen.append(stream_signals(x, y))
+            watch.seen.append(stream_signals(x, y, watch.view.here))
         return y
 
 
@@ -137,7 +137,7 @@ def _times(branch: Branch, factor: Tensor, x: Tensor) -> Tensor:
     return y * factor.to(y.dtype)
 
 
-def _shown(branch: Branch, seen: list[Tensor], x: Tensor) -> Tensor:
+def _shown(branch: Branch, watch: Watch, x: Tensor) -> Tensor:
     y = branch(x)
-    seen.append(moments(y))
+    watch.seen.append(moments(y, watch.view.here))
     return y

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nlm.anatomy import Span
 from nlm.norms import precise
 from nlm.parallel.tensor import TensorParallel
-from nlm.signals import Watch, squares
+from nlm.signals import View, Watch, squares, that_count
 
 SATURATED = 0.95
 """The share of its weight from which on a query is said to see one key only (science: QKNorm's measure)."""
@@ -71,13 +71,22 @@ class Score(nn.Module, ABC):
     def weigh(self, pairs: Tensor, visible: Tensor) -> Tensor:
         """[B H Q S] -> the weights of the values, 0 where `visible` [… Q S] is false."""
 
+    def show(self, watch: Watch, q: Tensor, k: Tensor, lengths: tuple[Tensor, Tensor] | None = None) -> None:
+        """signals.INSIDE of queries and keys that have their positions; `lengths` are those whose squares are shown,
+        unless they are the same."""
+        norms = zip(lengths or (q, k), (watch.view.positions, watch.view.keys), strict=True)
+        watch.seen.append(torch.stack([*self._chosen(q, k, watch.view), *(squares(that_count(*of)) for of in norms)]))
+
     @torch.no_grad()
-    def shown(self, q: Tensor, k: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the queries of which `visible` [… Q S] says which keys they see -> [] each: the sum of the entropies, in
-        nats, of their weights, taken as shares of what the absolute weights sum to; how many give one key more than
-        SATURATED; the largest of their `pairs`."""
-        pairs = precise(self.pairs(q[:, queries(visible.shape[-2], q.shape[1], q.device)], k))
+    def _chosen(self, q: Tensor, k: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the watched queries -> [] each: the sum of the entropies, in nats, of their weights, taken as shares of
+        what the absolute weights sum to; how many give one key more than SATURATED; the largest of their `pairs`."""
+        visible, watched = view.visible, queries(view.visible.shape[-2], q.shape[1], q.device)
+        pairs = precise(self.pairs(q[:, watched], k))
         shares = self.weigh(pairs, visible)
+        if view.positions is not None:
+            count = view.positions[:, None, watched, None]
+            shares, visible = shares.where(count, 0), visible & count
         if not self.sums_to_one:
             shares = F.normalize(shares.abs(), p=1, dim=-1)
         saturated = (shares.amax(-1) > SATURATED).sum(dtype=shares.dtype)
@@ -109,7 +118,7 @@ class PlacedScore(Score):
         q, k = self.normalize(q, k)
         q, k = place_q(q), place_k(k)
         if watch is not None:
-            watch.seen.append(torch.stack([*self.shown(q, k, watch.visible), squares(q), squares(k)]))
+            self.show(watch, q, k)
         if keep is not None:
             k, v = keep(k, v)
         return self.attend(q, k, v, mask)
@@ -159,9 +168,14 @@ def keys_seen(mask: Tensor | None, seq_len: int, n: int, device: torch.device) -
     return every[..., queries(n, seq_len, device), :]
 
 
-def uniform_entropy(visible: Tensor, rows: int) -> Tensor:
-    """[]: the sum over such queries of so many rows of the entropy, in nats, of equal weights."""
-    return visible.sum(-1).double().log().sum() * (rows / len(visible))
+def uniform_entropy(view: View, rows: int, seq_len: int) -> Tensor:
+    """[2]: the sum over the watched queries of so many rows of the entropy, in nats, of equal weights; and how many
+    they are."""
+    entropies = view.visible.sum(-1).double().log().expand(rows, -1, -1)[:, 0]
+    count = torch.ones_like(entropies)
+    if view.positions is not None:
+        count = view.positions[:, queries(entropies.shape[1], seq_len, count.device)].to(count)
+    return torch.stack([(entropies * count).sum(), count.sum()])
 
 
 def document_mask(segments: Tensor, causal: bool = True) -> Tensor:
@@ -173,6 +187,8 @@ def document_mask(segments: Tensor, causal: bool = True) -> Tensor:
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """softmax(q kᵀ · scale) v, by default 1/sqrt(Dh), in torch's fused kernels."""
+    # Compiled for any shape the comparison is no bool, until it is branched on.
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -180,7 +196,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        **grouped,
     )
     return out.transpose(1, 2)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from nlm.anatomy import Role, Span
 from nlm.norms import precise
 from nlm.scores.base import Heads, Keep, Place, PlacedScore, Score, for_each_query, linear_attention, n_visible
-from nlm.signals import Watch, squares
+from nlm.signals import Watch
 
 
 class HeadNorm(nn.Module):
@@ -97,7 +97,7 @@ class NaLaFormer(Linear):
             torch.cat([place(part) for part in parts], -1) for place, parts in ((place_q, q_parts), (place_k, k_parts))
         )
         if watch is not None:
-            watch.seen.append(torch.stack([*self.shown(q_placed, k_placed, watch.visible), squares(q), squares(k)]))
+            self.show(watch, q_placed, k_placed, lengths=(q, k))
         if keep is not None:
             k_features, k_placed, v = keep(k_features, k_placed, v)
         k_features, k_placed, v = (for_each_query(x, q) for x in (k_features, k_placed, v))

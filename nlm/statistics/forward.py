@@ -21,7 +21,7 @@ MINIMA, MAXIMA = (torch.tensor([which in name for name in COLUMNS]) for which in
 
 class ForwardStatistics:
     """One vector [L] a quantity and sublayer, under the names that the sublayers have in the model; NaN for layers
-    without one of that name. An encoder's layers come before those of its decoder, and what is padding counts too.
+    without one of that name. An encoder's layers come before those of its decoder; of pairs, padding does not count.
 
     In between there are R rows, of each stack the stream before its first layer and then its sublayers.
     """
@@ -70,10 +70,9 @@ class ForwardStatistics:
         return chain.from_iterable(model.stacks for model in self.engine.models)
 
     def _vectors(self) -> Iterator[tuple[str, Tensor]]:
-        model, batch_rows = self.engine.whole.config, self.engine.config.batch_rows
-        rows, dead, dormant, gradients, uniform, elements = self._joined()
+        model = self.engine.whole.config
+        rows, dead, dormant, gradients, uniform, watched, elements = self._joined()
         tokens = elements / model.dim
-        watched = batch_rows * (tokens / batch_rows).clamp(max=self.queries)
         is_cross = torch.tensor([kind == "cross" for kind in self.kinds], device=rows.device)
         key_tokens = tokens.where(~is_cross, tokens[0])  # with cross-attention, the first rows are an encoder's
         columns = dict(zip(COLUMNS, rows.unbind(1), strict=True))  # [R] each
@@ -109,14 +108,15 @@ class ForwardStatistics:
             padded = torch.cat([values, values.new_full((1,), torch.nan)])
             yield from ((f"{quantity}/{name}", padded[self.places[name]]) for name in names)
 
-    def _joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _joined(self) -> tuple[Tensor, ...]:
         """-> over all microbatches and ranks: of COLUMNS [R C]; the shares [R] of hidden units that are dead, and
-        dormant; Σ gradient² [L]; Σ uniform entropy [R]; how many elements the stream has [R]."""
+        dormant; Σ gradient² [L]; Σ uniform entropy [R], and of how many queries; how many elements the stream has [R].
+        """
         mesh, tp, n_rows = self.mesh, self.mesh.tp, self.n_rows
-        sizes = [n_rows * len(COLUMNS), n_rows, self.n_layers, n_rows, n_rows]
+        sizes = [n_rows * len(COLUMNS), n_rows, self.n_layers, 2 * n_rows, n_rows]
         flat = torch.zeros(sum(sizes), dtype=torch.float64, device=mesh.device)
         rows, activity, gradients, uniform, elements = flat.split(sizes)
-        rows = rows.view(-1, len(COLUMNS))
+        rows, uniform = rows.view(-1, len(COLUMNS)), uniform.view(-1, 2)
         extremes = torch.full_like(rows, -torch.inf)
         minima, maxima = MINIMA.to(rows.device), MAXIMA.to(rows.device)
         units: list[tuple[Tensor, Tensor]] = []
@@ -131,13 +131,13 @@ class ForwardStatistics:
             here = slice(first + skip, first + table.shape[1])
             rows[here] = table.sum(0)[skip:]
             extremes[here] = table.where(~minima, -table).amax(0)[skip:]
-            elements[here] = len(signals.columns) * signals.elements
+            elements[here] = signals.elements
             for layer, microbatches in signals.gradients.items():
                 gradients[layer] = torch.stack(microbatches).to(rows).sum()
             if tp.rank == 0:
                 for kind in signals.uniform[0]:
-                    entropies = torch.stack([of[kind] for of in signals.uniform])
-                    uniform[self._rows_of(kind, first, here.stop)] = entropies.sum()
+                    of_all = torch.stack([of[kind] for of in signals.uniform]).sum(0)
+                    uniform[self._rows_of(kind, first, here.stop)] = of_all
             ffns = self._rows_of("ffn", first, here.stop)
             if len(ffns):
                 active = torch.stack(signals.units)[:, ffns - first - 1].to(rows).sum(0)  # [N F/n]
@@ -155,7 +155,7 @@ class ForwardStatistics:
         # A maximum may miss what is no number; a sum does not.
         extremes = mesh.max(extremes).where(~rows.isnan(), torch.nan)
         rows = torch.where(minima, -extremes, torch.where(maxima, extremes, rows))
-        return rows, *self._idle(units, activity), gradients, uniform, elements
+        return rows, *self._idle(units, activity), gradients, *uniform.unbind(1), elements
 
     def _rows_of(self, kind: str, first: int, stop: int) -> Tensor:
         """Of the sublayers between the row `first`, which is before them, and `stop`."""

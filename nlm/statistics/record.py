@@ -8,7 +8,7 @@ from nlm.batch import Batch
 from nlm.config import StatisticsConfig
 from nlm.parallel.engine import Engine
 from nlm.statistics.forward import ForwardStatistics
-from nlm.statistics.noise import half_gradient_norms, signal_and_noise
+from nlm.statistics.noise import half_batch, signal_and_noise
 from nlm.statistics.spectra import effective_ranks, singular_values
 from nlm.statistics.weights import WeightStatistics
 
@@ -28,7 +28,7 @@ class LayerStatistics:
     def begin(self, rows: Batch, step: int = 0) -> None:
         """Before the forward of rows that is to be recorded; with the number of a step, what is due then."""
         self.requested = self._spectra(rows if _due(step, self.config.spectra_every) else None)
-        self.half_norms = half_gradient_norms(self.engine, rows) if _due(step, self.config.noise_every) else None
+        self.half = half_batch(self.engine, rows) if _due(step, self.config.noise_every) else None
         self.forward.begin()
 
     def before_update(self) -> None:
@@ -60,9 +60,11 @@ class LayerStatistics:
     def _noise(self, gradient_norms: Tensor) -> dict[str, Tensor]:
         if not self.config.noise_every:
             return {}
-        norms = self._nothing(len(gradient_norms)) if self.half_norms is None else self.half_norms
-        half, whole = self.weights.by_layer(norms), self.weights.by_layer(gradient_norms)
-        signal, noise = signal_and_noise(whole, half, self.engine.config.batch_rows)
+        if self.half is None:
+            signal = noise = self._nothing(self.forward.n_layers)
+        else:
+            half, whole = self.weights.by_layer(self.half.norms), self.weights.by_layer(gradient_norms)
+            signal, noise = signal_and_noise(whole, half, self.half.rows, self.half.share)
         return {"gradient_signal/layer": signal, "gradient_noise/layer": noise}
 
     def _nothing(self, *shape: int) -> Tensor:

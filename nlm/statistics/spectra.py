@@ -9,7 +9,7 @@ from nlm.norms import precise
 from nlm.optim.whole import gathered
 from nlm.parallel.engine import Engine
 from nlm.parallel.tensor import TensorParallel
-from nlm.signals import Signals
+from nlm.signals import Signals, that_count
 
 POSITIONS = 1000
 """Of how many positions the effective rank is taken."""
@@ -25,8 +25,11 @@ class Features(Signals):
         self.ranks: dict[int, Tensor] = {}
 
     def add(self, place: int, rows: Tensor, x: Tensor, layer: int) -> None:
-        whole = self.tp.enter(x) if self.tp.sequence else x
-        self.ranks[layer] = effective_rank(whole[: self.n_rows]).sum()
+        whole, positions = self.tp.enter(x) if self.tp.sequence else x, self.view.positions
+        chosen = that_count(whole, positions)[: self.n_rows]
+        if positions is not None:
+            chosen = chosen[positions[: self.n_rows].any(1)]
+        self.ranks[layer] = effective_rank(chosen).sum()
 
 
 def effective_rank(x: Tensor) -> Tensor:
@@ -42,6 +45,7 @@ def effective_ranks(engine: Engine, rows: Batch) -> Tensor:
     mesh, config = engine.mesh, engine.config
     n_rows = min(config.batch_rows, max(1, POSITIONS // config.train.seq_len))
     mine = min(max(0, n_rows - mesh.data_rank * len(rows)), len(rows))
+    looked_at = engine.together(rows.first(mine).n_rows())
     ranks = torch.zeros(config.model.n_all_layers, dtype=torch.float64, device=mesh.device)
     stacks = [stack for model in engine.models for stack in model.stacks]
     for stack in stacks:
@@ -56,7 +60,7 @@ def effective_ranks(engine: Engine, rows: Batch) -> Tensor:
         stack.signals = None
     for model in engine.models:
         model.train()
-    return mesh.sum(ranks) / n_rows
+    return mesh.sum(ranks) / looked_at
 
 
 @torch.no_grad()

@@ -85,10 +85,13 @@ PAIR_LAYOUTS = (
     ("tp2+sp", "pp2-1f1b"),
     ("fsdp2xtp2xpp2",),
     ("fsdp2xtp2xpp2", "pp2-interleaved"),
-    ("ddp2",),
 )
 """Of each of PAIR_ROWS."""
-SHAPES_LAYOUTS = (("pp2-1f1b", "pp2-interleaved", "pp2-zbv", "pp2-dualpipev"), ("fsdp2xtp2xpp2", "ddp2xpp2-zbv"))
+SHAPES_LAYOUTS = (
+    ("pp2-1f1b", "pp2-interleaved", "pp2-zbv", "pp2-dualpipev"),
+    ("ddp2",),
+    ("fsdp2xtp2xpp2", "ddp2xpp2-zbv"),
+)
 """Of each of SHAPES_ROWS."""
 CELLS = sorted(
     {

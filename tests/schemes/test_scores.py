@@ -134,6 +134,15 @@ def test_linear_attention_in_chunks_is_the_sum_over_all_pairs(seq_len: int) -> N
     assert torch.allclose(linear_attention(q, k, v, None), linear_attention(q, k, v, causal[None, None]), atol=1e-10)
 
 
+def test_every_score_compiles_for_any_number_of_heads(score: Score) -> None:
+    """As it does for pairs under FSDP, where the sizes of matrices are no numbers either."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *of: attend(score, *of), backend="eager", dynamic=True, fullgraph=True)
+    for seq_len in (SEQ_LEN, 7):
+        tensors = qkv(seq_len)
+        torch.testing.assert_close(compiled(*tensors), attend(score, *tensors))
+
+
 def test_top_k_keeps_k() -> None:
     q, k, v = qkv()
     few, all_ = make("top_k", k=3), make("top_k", k=SEQ_LEN)

@@ -270,9 +270,72 @@ def test_signal_and_noise_are_unbiased() -> None:
     random = np.random.default_rng(0)
     true = random.normal(size=50)
     rows = true + 2.0 * random.normal(size=(4000, 8, 50))  # variance 4 · 50 a row
-    norms = (torch.from_numpy(np.linalg.norm(part.mean(1), axis=1)) for part in (rows, rows[:, ::2]))
-    signal, noise = (float(x.mean()) for x in signal_and_noise(*norms, rows=8))
-    assert signal == pytest.approx(true @ true, rel=0.03) and noise == pytest.approx(200, rel=0.03)
+    for n in (4, 3):
+        norms = (torch.from_numpy(np.linalg.norm(part.mean(1), axis=1)) for part in (rows, rows[:, :n]))
+        signal, noise = (float(x.mean()) for x in signal_and_noise(*norms, rows=8, share=n / 8))
+        assert signal == pytest.approx(true @ true, rel=0.03) and noise == pytest.approx(200, rel=0.03)
+
+
+def pairs(sources: list[list[int]], targets: list[list[int]], widths: tuple[int, int]) -> Batch:
+    """Rows that are filled up to the widths, in MODEL's vocabulary."""
+    rows = [
+        [[*row, *[95] * (width - len(row))] for row in side]
+        for side, width in ((sources, widths[0]), (targets, widths[1]))
+    ]
+    return Batch(torch.tensor(rows[1]), source=torch.tensor(rows[0]), padding=95)
+
+
+def test_of_pairs_only_what_is_no_padding_counts(make_config: MakeConfig) -> None:
+    """Each row by itself, without padding, against all in a batch, with more padding and empty rows, which other
+    layouts need, besides."""
+    random, model = np.random.default_rng(0), {"architecture": "encoder_decoder", "activation": "relu", "ffn_dim": 8}
+    lengths = np.array([[3, 6], [8, 2], [5, 5], [4, 7]])
+    sources, targets = (
+        [random.integers(1, 95, n).tolist() for n in side] for side in (lengths[:, 0], lengths[:, 1] + 1)
+    )
+
+    def recorded(batch: Batch, microbatches: int = 1) -> dict[str, np.ndarray]:
+        every = {"queries": 16, "spectra_every": 1, "noise_every": 1}
+        config = make_config(model, statistics=every, parallel={"microbatches": microbatches})
+        engine = build_engine(config, Mesh())
+        statistics = LayerStatistics(engine, config.statistics)
+        statistics.begin(batch, 1)
+        engine.forward_backward(batch)
+        _, norms = engine.clip()
+        statistics.before_update()
+        engine.update(0.0)
+        return statistics.vectors(norms)
+
+    whole = recorded(pairs(sources, targets, (8, 8)))
+    more = recorded(pairs([*sources, [1], [1]], [*targets, [], []], (11, 10)), microbatches=2)
+    assert whole.keys() == more.keys()
+    for name, values in whole.items():
+        assert np.allclose(more[name], values, rtol=1e-4, atol=1e-6, equal_nan=True), (name, more[name], values)
+
+    single = [recorded(pairs([s], [t], (len(s), len(t)))) for s, t in zip(sources, targets, strict=True)]
+    shares, n_encoder = lengths / lengths.sum(0), 3
+    for name in (
+        "stream_rms_out/{}",
+        "branch_rms/{}",
+        "q_norm/{}",
+        "k_norm/{}",
+        "attention_entropy/{}",
+        "attention_uniform/{}",
+    ):
+        of_heads = name.startswith(("q", "k", "att"))
+        power = 1 if name.startswith("att") else 2
+        for sublayer in ("attn", "cross") if of_heads else ("attn", "cross", "ffn"):
+            of_rows = np.stack([row[name.format(sublayer)] for row in single]) ** power
+            here = shares[:, :1] if (name, sublayer) == ("k_norm/{}", "cross") else shares[:, 1:]
+            expected = np.r_[(of_rows * shares[:, :1]).sum(0)[:n_encoder], (of_rows * here).sum(0)[n_encoder:]]
+            assert np.allclose(whole[name.format(sublayer)], expected ** (1 / power), rtol=1e-4, equal_nan=True), name
+    for name in ("stream_max_out/ffn", "max_logit/attn", "max_logit/cross"):
+        assert np.allclose(whole[name], np.max([row[name] for row in single], 0), rtol=1e-5, equal_nan=True), name
+    ranks = np.mean([row["effective_rank/layer"] for row in single], 0)
+    assert np.allclose(whole["effective_rank/layer"], ranks, rtol=1e-4)
+    squares = np.stack([row["stream_grad_rms/layer"] for row in single]) ** 2 * shares[:, 1:] ** 2
+    n = np.where(np.arange(6) < n_encoder, lengths[:, :1], lengths[:, 1:])
+    assert np.allclose(whole["stream_grad_rms/layer"], ((squares * n).sum(0) / n.sum(0)) ** 0.5, rtol=1e-4)
 
 
 # storing
