@@ -43,6 +43,7 @@ BEFORE = {
 
 CANNOT_RUN = {
     r"docker |apptainer ": "needs a container runtime and minutes of building: docker/try.sh does it",
+    r"docker/try.sh": "needs buildah, debootstrap and minutes of building",
     r"sbatch ": "needs Slurm",
     r"nlm launch (?!.*--dry-run).*slurm": "needs Slurm",
     r"HOSTS=": "needs two hosts",

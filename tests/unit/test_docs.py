@@ -148,7 +148,8 @@ class Walk:
             if re.fullmatch(r"launch/[\w.]+", word):
                 assert (ROOT / word).is_file(), word
                 return self.nlm(["preflight" if word.endswith("preflight.py") else "train", *words[i + 1 :]])
-        assert words[0] in {"python", ".venv/bin/pip"}, f"{shlex.join(words)}: not known to this test"
+        known = words[0] in {"python", ".venv/bin/pip"} or (ROOT / words[0]).is_file()
+        assert known, f"{shlex.join(words)}: not known to this test"
         if words[0] == "python" and words[1] not in {"-", "-c", "-m"}:
             assert (ROOT / words[1]).is_file(), words[1]
             if "--out" in words:
