@@ -46,8 +46,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """What a command line asks for. Errors: SystemExit, as argparse has it."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest:  # argparse takes no overrides, and no prompts, behind an option
-        many = [name for name in ("overrides", "prompts") if name in options]
+    if rest:  # argparse takes no overrides, prompts or texts behind an option
+        many = [name for name in ("overrides", "prompts", "texts") if name in options]
         if not many or any(word.startswith("-") for word in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         setattr(options, many[0], [*getattr(options, many[0]), *rest])

@@ -106,7 +106,7 @@ def test_what_was_learned_is_translated(trained: Path, capsys: pytest.CaptureFix
                 found = translator.texts([texts[i] for texts in TEXTS], target)
                 right = sum(text == texts[j] for text, texts in zip(found, TEXTS, strict=True))
                 assert right >= 5, (source, target, found)
-    assert main(["translate", str(last), TEXTS[0][0], TEXTS[2][2], "--to", "en"]) == 0
+    assert main(["translate", str(last), "--to", "en", TEXTS[0][0], TEXTS[2][2]]) == 0
     assert capsys.readouterr().out.splitlines() == translator.texts([TEXTS[0][0], TEXTS[2][2]], "en")
     (tmp_path / "texts.txt").write_text("Brot und Salz\n", encoding="utf-8")
     assert main(["translate", str(last), "--to", "it", "--file", str(tmp_path / "texts.txt")]) == 0
