@@ -59,6 +59,7 @@ LONG = {
     "python tools/chaos.py": "takes a quarter of an hour",
     "python tools/help_texts.py": "downloads the help of an office suite",
     "nlm tokenize data/help": "needs what that downloads",
+    r"nlm \w+ (configs/)?runs/translate-": "the same, and two hours",
 }
 """Likewise, why a short run leaves it out."""
 
