@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-import nlm.parallel.waits as waits
 from nlm.batch import Batch
 from nlm.config import Config
 from nlm.mesh import Mesh
@@ -23,6 +22,7 @@ from nlm.optim import (
     projection,
 )
 from nlm.parallel.pieces import Pieces
+from nlm.parallel.waits import backward_begins, backward_ended
 
 
 class Inference:
@@ -179,9 +179,9 @@ class WholeEngine(TorchEngine):
             with self._communicate(last=i + 1 == self.microbatches):
                 loss = self.model(*part.arguments()) * self.scale
                 if isinstance(self.model, DistributedDataParallel):
-                    loss.register_hook(waits.backward_begins)
+                    loss.register_hook(backward_begins)
                 loss.backward()
-            waits.backward_ended()
+            backward_ended()
             losses.append(loss.detach())
         return losses
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-import nlm.parallel.waits as waits
 from nlm.anatomy import CUT_AXES, IGNORED, Axis, Span
+from nlm.parallel.waits import waiting
 
 Group = str
 """A process group's name: unlike the group itself, a constant that a compiled graph can hold."""
@@ -120,9 +120,9 @@ def _scatter(x: Tensor, group: Group, size: int) -> Tensor:
 
 def _waited(y: Tensor) -> Tensor:
     """What a collective gives, once it is there."""
-    if torch.compiler.is_compiling() or waits.current is None:
+    if torch.compiler.is_compiling():
         return torch.ops._c10d_functional.wait_tensor(y)  # type: ignore[no-any-return]
-    with waits.current.span():
+    with waiting():
         return torch.ops._c10d_functional.wait_tensor(y)  # type: ignore[no-any-return]
 
 

@@ -17,7 +17,7 @@ of the wait, likewise on all ranks alike.
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from types import TracebackType
 from typing import Any, Self
@@ -103,6 +103,11 @@ class Waits:
 
 current: Waits | None = None
 """The one that is entered."""
+
+
+def waiting() -> AbstractContextManager[None]:
+    """Around a wait that is none of `CALLS`."""
+    return nullcontext() if current is None else current.span()
 
 
 def backward_begins(_: Tensor) -> None:
