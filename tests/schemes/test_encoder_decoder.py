@@ -365,7 +365,8 @@ def test_every_parameter_learns(config: Config) -> None:
 
 
 def test_statistics_are_those_of_the_tensors(two_stacks: MakeConfig) -> None:
-    """Of both stacks, the encoder's layers first, from hooks on the modules; and recording them changes nothing."""
+    """Of both stacks, the encoder's layers first, from hooks on the modules, of what is no padding; and recording them
+    changes nothing."""
     config = two_stacks("peri_ln", parallel={"microbatches": 2})
     engine, rows = build_engine(config, Mesh()), batch(config)
     (model,) = engine.models
@@ -389,7 +390,9 @@ def test_statistics_are_those_of_the_tensors(two_stacks: MakeConfig) -> None:
     assert torch.equal(engine.forward_backward(rows), plain)
     vectors = recorded.vectors()
     assert {len(vector) for vector in vectors.values()} == {N + M}
-    of_block = [torch.cat(streams[l :: N + M], 1) for l in range(N + M)]
+    real, learned = rows.source != config.model.padding, rows.targets >= 0
+    assert not real.all() and not learned.all()
+    of_block = [torch.cat(streams[l :: N + M], 1)[:, real if l < N else learned] for l in range(N + M)]
     for l, (before, after) in enumerate(of_block):
         assert float(vectors["stream_rms_in/attn"][l]) == pytest.approx(float(before.square().mean().sqrt()), rel=1e-5)
         assert float(vectors["stream_rms_out/ffn"][l]) == pytest.approx(float(after.square().mean().sqrt()), rel=1e-5)
@@ -402,18 +405,21 @@ def test_statistics_are_those_of_the_tensors(two_stacks: MakeConfig) -> None:
     here = slice(N, None)
     assert torch.equal(vectors["stream_rms_in/cross"][here], vectors["stream_rms_out/attn"][here])
     assert torch.equal(vectors["stream_rms_out/cross"][here], vectors["stream_rms_in/ffn"][here])
-    real = (rows.source != config.model.padding).sum(1).double()
+    keys = real.sum(1).double()[:, None].expand(-1, 3)
+    readers, writers = real[:, T - 1 - T // 3 * torch.arange(3)], learned[:, [3, 7, 11]]
     for l in range(N + M):
-        uniform = real.log().mean() if l < N else torch.tensor([4, 8, 12.0]).log().mean()
+        uniform = (
+            (keys if l < N else torch.tensor([4.0, 8, 12]).expand(4, 3)).log()[readers if l < N else writers].mean()
+        )
         assert float(vectors["attention_uniform/attn"][l]) == pytest.approx(float(uniform), rel=1e-6)
-    assert vectors["attention_uniform/cross"][here].tolist() == pytest.approx([float(real.log().mean())] * M)
+    assert vectors["attention_uniform/cross"][here].tolist() == pytest.approx([float(keys.log()[writers].mean())] * M)
     entropy = vectors["attention_entropy/cross"][here]
     assert (entropy > 0).all() and (entropy <= vectors["attention_uniform/cross"][here] + 1e-6).all()
     memory: list[Tensor] = []
     for block in model.blocks.values():
         block.cross.wk.register_forward_hook(lambda _, __, y: memory.append(y.detach()))
     model(rows.inputs, rows.source)
-    norms = [float((k.unflatten(-1, (2, -1)).square().sum(-1)).mean().sqrt()) for k in memory]
+    norms = [float((k[real].unflatten(-1, (2, -1)).square().sum(-1)).mean().sqrt()) for k in memory]
     assert vectors["k_norm/cross"][here].tolist() == pytest.approx(norms, rel=1e-5)
 
 
