@@ -5,6 +5,7 @@ the page. What CANNOT_RUN has is printed and left out. NLM_DOCS_OVERRIDES="model
 behind every command that takes a config, and, as OVERRIDES, to make.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -153,9 +154,14 @@ def run(page: Path, folder: Path, overrides: str = "") -> int:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help="such as docs/tutorial.md (default: every page)")
+    pages = [Path(name).resolve() for name in parser.parse_args().pages] or PAGES
+    if missing := [page for page in pages if not page.is_file()]:
+        parser.error(f"not there: {', '.join(map(str, missing))}")
     overrides = os.environ.get("NLM_DOCS_OVERRIDES", "")
     failed = []
-    for page in [Path(name).resolve() for name in sys.argv[1:]] or PAGES:
+    for page in pages:
         if not any(blocks(page)):
             continue
         start = time.perf_counter()
