@@ -39,5 +39,5 @@ def reshards(parallel: ParallelConfig) -> bool:
 
 
 def blocks_per_unit(parallel: ParallelConfig, n_blocks: int) -> int:
-    """How many of a rank's consecutive blocks are gathered at a time."""
-    return parallel.blocks_per_unit or ceil(n_blocks / (UNITS if reshards(parallel) else UNITS_KEPT))
+    """How many of a rank's consecutive blocks are gathered at a time, which may have none."""
+    return parallel.blocks_per_unit or max(1, ceil(n_blocks / (UNITS if reshards(parallel) else UNITS_KEPT)))

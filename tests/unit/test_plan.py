@@ -22,7 +22,7 @@ from nlm.plan.flops import _flops, flops_per_token
 from nlm.plan.gpus import GPUS, Machine, machine, peak_flops
 from nlm.plan.layers import Layers
 from nlm.plan.layouts import FREE_SHARE, Tracer, best_first
-from nlm.plan.memory import rank_memory
+from nlm.plan.memory import rank_memory, stages_on
 from nlm.plan.plan import parameters_by_role, plan
 from nlm.plan.report import advice, text
 from nlm.plan.schedule import makespan, orders
@@ -218,3 +218,11 @@ def test_a_layer_is_planned_as_it_is_traced(make_config: MakeConfig) -> None:
     rises = costs.trace.first.forward
     grown = rank_memory(more, deeper) - rank_memory(few, costs)
     assert grown[KINDS.index("activations")] == pytest.approx(9 * rises[8].net + 7 * rises[10].net)
+
+
+def test_a_stage_that_has_the_head_and_no_layers(make_config: MakeConfig) -> None:
+    config = make_config({"n_layers": 2, "vocab_size": 4000}, parallel={"pp": 2, "dp_shard": 2, "microbatches": 2})
+    costs = Tracer(config).costs(config)[0]
+    (stage,) = stages_on(config, costs, rank=1).values()
+    assert len(stage.part.layers) == 0 and stage.part.last
+    assert rank_memory(config, costs, 1).sum() > rank_memory(config, costs, 0).sum()
