@@ -10,10 +10,8 @@ set -euo pipefail
 at=$MASTER_ADDR here=()
 if ((NNODES == 1)); then
     MASTER_PORT=0 # any free one
-elif read -r at address < <("$PYTHON" "${0%/*}/here.py" "$MASTER_ADDR"); then
-    here=(--local-addr="$address")
-else
-    at=$MASTER_ADDR
+elif read -r found address < <("$PYTHON" "${0%/*}/here.py" "$MASTER_ADDR"); then
+    at=$found here=(--local-addr="$address")
 fi
 # Where ranks (rank.sh) read that they were asked to stop, and say that they did.
 NLM_AGENT=$(mktemp -d)

@@ -236,7 +236,7 @@ def cli_reference() -> str:
             shown = " ".join(filter(None, [", ".join(action.option_strings), metavar]))
             shown += " …" if action.nargs in ("+", "*") else ""
             must = "; must be given" if action.required and action.option_strings else ""
-            text.append(f"| `{shown}` | {_cell(action.help or '')}{must} |".replace("|FILE", "\\|FILE"))
+            text.append(f"| `{_cell(shown)}` | {_cell(action.help or '')}{must} |")
     return "\n".join(text) + "\n"
 
 

@@ -4,7 +4,6 @@ Each has an interface, an address, a hostname, an /etc/hosts, a home and process
 a cluster. What it runs ends with it, and it ends with the process that made it.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -32,7 +31,7 @@ def missing(*programs: str) -> str | None:
 
 @dataclass
 class Host:
-    """`outside`: the pid of its first process as this process sees it. `port`: its end at the bridge."""
+    """`outside`: the pid of its first process as this process sees it; `switch`: of that which holds the bridge."""
 
     name: str
     address: str
@@ -87,10 +86,6 @@ class Host:
 
     def _port(self, state: str) -> None:
         subprocess.run([*_inside(self.switch, "--net"), "ip", "link", "set", "dev", self.name, state], check=True)
-
-    def bytes_sent(self) -> int:
-        (link,) = json.loads(self.run("ip", "-json", "-statistics", "link", "show", "dev", INTERFACE))
-        return int(link["stats64"]["tx"]["bytes"])
 
     def slow_down(self, bytes_s: float) -> None:
         """What it sends; bursts of at most 64 KiB go faster."""

@@ -24,7 +24,6 @@ from hosts import INTERFACE, Host, hosts, missing
 
 from nlm.build import build_engine, parse_config
 from nlm.config import Config
-from nlm.data.rank import batch_of
 from nlm.mesh import Mesh
 from nlm.parallel.launch import process_group
 from nlm.plan.estimate import estimate, traffic
@@ -32,6 +31,8 @@ from nlm.plan.flops import flops_per_token
 from nlm.plan.gpus import Machine
 from nlm.plan.layouts import Tracer
 from nlm.plan.memory import Costs
+from nlm.plan.shapes import Shape
+from nlm.plan.trace import blank
 
 LAYOUTS = {
     "dp_replicate": {"dp_replicate": 2},
@@ -96,8 +97,7 @@ def as_rank(steps: int, result: Path) -> None:
         with process_group(config, torch.device("cpu")) as step_ended:
             mesh = Mesh(config.parallel, torch.device("cpu"))
             engine = build_engine(config, mesh)
-            rows = config.batch_rows // mesh.data_size
-            batch = batch_of(config, torch.zeros(2, rows, config.train.seq_len + 1, dtype=torch.int64), 0)
+            batch = blank(config, Shape(config.batch_rows // mesh.data_size, config.train.seq_len, config.source_len))
             sent, times = 0, []
             for step in range(1 + steps):
                 dist.barrier()

@@ -25,10 +25,10 @@ class Features(Signals):
         self.ranks: dict[int, Tensor] = {}
 
     def add(self, place: int, rows: Tensor, x: Tensor, layer: int) -> None:
-        whole, positions = self.tp.enter(x) if self.tp.sequence else x, self.view.positions
-        chosen = that_count(whole, positions)[: self.n_rows]
-        if positions is not None:
-            chosen = chosen[positions[: self.n_rows].any(1)]
+        chosen = (self.tp.enter(x) if self.tp.sequence else x)[: self.n_rows]
+        if self.view.positions is not None:
+            positions = self.view.positions[: self.n_rows]
+            chosen = that_count(chosen, positions)[positions.any(1)]
         self.ranks[layer] = effective_rank(chosen).sum()
 
 
